@@ -1,0 +1,101 @@
+"""Which kernels can run here, and why the others cannot. Nothing is probed before it is needed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_swiglu import _ops
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Below this many elements a call of the operator costs more than eager's two; plain PyTorch runs instead.
+SMALLEST_KERNEL = {"cpu": 16384, "cuda": 0, "xpu": 0}
+
+
+class Backend(NamedTuple):
+    """What one kernel family serves, and whether it can run here."""
+
+    name: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    available: bool
+    detail: str
+
+
+def available_backends() -> tuple[Backend, ...]:
+    """Every backend in the order of preference, those that cannot run here with the reason in `detail`.
+
+    Example:
+        >>> from hf_swiglu import available_backends
+        >>> [backend.name for backend in available_backends()]
+        ['cpu', 'triton', 'pytorch']
+    """
+    cpu_reason = unavailable("cpu")
+    cpu_detail = cpu_reason or f"C kernel, {_cpu().instruction_set()}, {torch.get_num_threads()} threads"
+    triton_devices = tuple(device for device in ("cuda", "xpu") if unavailable(device) is None)
+    triton_detail = f"Triton {_triton_version()}" if triton_devices else unavailable("cuda")
+    return (
+        Backend("cpu", ("cpu",), KERNEL_DTYPES, cpu_reason is None, cpu_detail),
+        Backend("triton", triton_devices or ("cuda", "xpu"), KERNEL_DTYPES, bool(triton_devices), triton_detail),
+        Backend("pytorch", ("any",), (*KERNEL_DTYPES, torch.float64), True, "the plain formula, for everything else"),
+    )
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether a kernel runs for this tensor's device, dtype and size."""
+    device = "cpu" if tensor.is_cpu else tensor.device.type
+    smallest = SMALLEST_KERNEL.get(device)
+    return (
+        smallest is not None
+        and tensor.numel() > smallest
+        and tensor.dtype in KERNEL_DTYPES
+        and tensor.layout is torch.strided
+        and unavailable(device) is None
+    )
+
+
+@functools.cache
+def unavailable(device: str) -> str | None:
+    """Why no kernel runs on this type of device, or None when one does."""
+    if device == "cpu":
+        if importlib.util.find_spec("hf_swiglu.backends._cpu_kernels") is None:
+            return "the C extension was not built when the package was installed (no working C compiler was found)"
+        return None
+    if device not in ("cuda", "xpu"):
+        return f"there is no kernel for {device} devices"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not getattr(torch, device).is_available():
+        return f"PyTorch {torch.__version__} sees no {device} device"
+    return None
+
+
+def _triton_version() -> str:
+    from importlib.metadata import version
+
+    return version("triton")
+
+
+def _cpu():
+    from hf_swiglu.backends import cpu
+
+    return cpu
+
+
+def _triton():
+    from hf_swiglu.backends import triton
+
+    return triton
+
+
+# The kernels are imported by the first call that PyTorch dispatches to them, never by `import hf_swiglu`.
+_ops.library.impl("product", lambda *args: _cpu().product(*args), "CPU")
+_ops.library.impl("product_backward", lambda *args: _cpu().product_backward(*args), "CPU")
+for _key in ("CUDA", "XPU"):
+    _ops.library.impl("product", lambda *args: _triton().product(*args), _key)
+    _ops.library.impl("product_backward", lambda *args: _triton().product_backward(*args), _key)

@@ -1,0 +1,65 @@
+"""The functions in plain PyTorch: the definition of correct, and the fallback everywhere.
+
+In float64 these are what every kernel is tested against. In any other dtype they are exactly what eager
+PyTorch computes for an unpatched model, so falling back to them never changes a result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Gating(NamedTuple):
+    r"""One member of the SwiGLU family: what happens to `gate` and `up` before they are multiplied.
+
+        g = min(gate, gate_limit)              a = min(g^(power - 1) * g * sigmoid(alpha * g), act_limit)
+        u = clamp(up, -up_limit, up_limit)     product = a * (u + up_offset)
+
+    The defaults are the gated SwiGLU of Shazeer (2020, https://arxiv.org/abs/2002.05202), `swish(gate) * up`.
+    `power=2` gates with the self-gated SwiGLU, `gate * swish(gate)`. The limits, `alpha` and `up_offset` are
+    those of the clamped variants, for instance GPT-OSS with alpha 1.702, both limits 7 and offset 1
+    (https://github.com/openai/gpt-oss/blob/main/gpt_oss/torch/model.py); `act_limit` is Step-3.7's.
+    """
+
+    power: int = 1
+    alpha: float = 1.0
+    gate_limit: float = math.inf
+    act_limit: float = math.inf
+    up_limit: float = math.inf
+    up_offset: float = 0.0
+
+
+SILU = Gating()
+SWIGLU = Gating(power=2)
+
+
+def activate(gate: Tensor, gating: Gating = SILU) -> Tensor:
+    """`a` of the formula in `Gating`: the gate's activation, limits included."""
+    if gating.gate_limit != math.inf:
+        gate = gate.clamp(max=gating.gate_limit)
+    if gating.alpha == 1.0:
+        activated = F.silu(gate)
+    else:
+        activated = gate * torch.sigmoid(gate * gating.alpha)
+    if gating.power == 2:
+        activated = gate * activated
+    if gating.act_limit != math.inf:
+        activated = activated.clamp(max=gating.act_limit)
+    return activated
+
+
+def product(gate: Tensor, up: Tensor | None, gating: Gating = SILU) -> Tensor:
+    """`a * (u + up_offset)` of the formula in `Gating`; `a` alone where there is no `up`."""
+    activated = activate(gate, gating)
+    if up is None:
+        return activated
+    if gating.up_limit != math.inf:
+        up = up.clamp(min=-gating.up_limit, max=gating.up_limit)
+    if gating.up_offset:
+        up = up + gating.up_offset
+    return activated * up
