@@ -42,9 +42,12 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """
     _check_floating("swiglu", "gate", gate)
     if up is None:
-        return _product(gate, None, SWIGLU)
-    _check_pair("swiglu", gate, up)
-    return _product(gate, up, SILU)
+        return gated_product(gate, None, SWIGLU)
+    _check_up(gate, up)
+    if gate.dtype != up.dtype:
+        common = torch.promote_types(gate.dtype, up.dtype)
+        gate, up = gate.to(common), up.to(common)
+    return gated_product(gate, up, SILU)
 
 
 def swiglu_packed(gate_up: Tensor) -> Tensor:
@@ -77,59 +80,53 @@ def swiglu_packed(gate_up: Tensor) -> Tensor:
     return packed_product(gate_up, SILU)
 
 
-def gated_product(gate: Tensor, up: Tensor, gating: Gating = SILU) -> Tensor:
-    """The product of any member of the family, see `reference.Gating`; what a fused MLP calls."""
-    _check_floating("gated_product", "gate", gate)
-    _check_pair("gated_product", gate, up)
-    return _product(gate, up, gating)
+def gated_product(gate: Tensor, up: Tensor | None, gating: Gating = SILU) -> Tensor:
+    """The product of any member of the family, see `reference.Gating`; without `up`, the activation alone.
 
-
-def packed_product(gate_up: Tensor, gating: Gating = SILU) -> Tensor:
-    """`gated_product` of the two halves of the last dimension; one buffer is kept for backward, and one written."""
-    if _kernel_serves(gate_up) and _needs_grad(gate_up):
-        return _PackedProduct.apply(gate_up, gating)
-    return _product(*gate_up.chunk(2, dim=-1), gating)
-
-
-def product_into_gate(gate: Tensor, up: Tensor, gating: Gating = SILU) -> Tensor:
-    """`gated_product` without gradients, written over `gate`: only for a caller that owns `gate` alone."""
-    if gate.dtype == up.dtype and _kernel_serves(gate, up):
-        _ops.product(gate, up, gate, *_scalars(gating))
-        return gate
-    return _product(gate, up, gating)
-
-
-def _product(gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor:
-    # Inductor fuses the plain formula with its neighbours and decides what to keep; an operator would be a wall.
-    if torch.compiler.is_compiling():
-        return reference.product(gate, up, gating)
-    if not (_kernel_serves(gate) if up is None else gate.dtype == up.dtype and _kernel_serves(gate, up)):
+    Unchecked: what no kernel takes, broadcasting included, is left to plain PyTorch and its errors.
+    """
+    if not _kernel_serves(gate, up):
         return reference.product(gate, up, gating)
     if not torch.is_grad_enabled():
         return _forward(gate, up, gating)
-    if up is None:
-        return _SelfGated.apply(gate, gating) if gate.requires_grad else _forward(gate, None, gating)
-    if gate.requires_grad and up.requires_grad:
+    if gate.requires_grad and (up is None or up.requires_grad):
         return _Product.apply(gate, up, gating)
     # With one of the two frozen, eager autograd already keeps just what the other's gradient needs.
-    if gate.requires_grad or up.requires_grad:
+    if gate.requires_grad or (up is not None and up.requires_grad):
         return reference.product(gate, up, gating)
     return _forward(gate, up, gating)
 
 
-def _needs_grad(tensor: Tensor) -> bool:
-    return tensor.requires_grad and torch.is_grad_enabled()
+def packed_product(gate_up: Tensor, gating: Gating = SILU) -> Tensor:
+    """`gated_product` of the two halves of the last dimension; one buffer is kept for backward, and one written."""
+    if gate_up.requires_grad and torch.is_grad_enabled() and _kernel_serves(gate_up, None):
+        return _PackedProduct.apply(gate_up, gating)
+    return gated_product(*gate_up.chunk(2, dim=-1), gating)
 
 
-def _kernel_serves(*tensors: Tensor) -> bool:
+def product_into_gate(gate: Tensor, up: Tensor, gating: Gating = SILU) -> Tensor:
+    """`gated_product` without gradients, written over `gate`: only for a caller that owns `gate` alone."""
+    if not _kernel_serves(gate, up):
+        return reference.product(gate, up, gating)
+    _ops.product(gate, up, gate, *_scalars(gating))
+    return gate
+
+
+def _kernel_serves(gate: Tensor, up: Tensor | None) -> bool:
     """Whether these are ordinary tensors, in an ordinary context, of a device, dtype and size with a kernel."""
-    for tensor in tensors:
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return False
+    # Inductor fuses the plain formula with its neighbours and decides what to keep; an operator would be a wall.
+    if torch.compiler.is_compiling() or not backends.serves(gate) or not _is_ordinary(gate):
+        return False
     # vmap, grad and jvp wrap tensors or attach tangents that a kernel would drop.
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
-    return backends.serves(tensors[0])
+    return up is None or (
+        _is_ordinary(up) and up.dtype == gate.dtype and up.shape == gate.shape and up.device == gate.device
+    )
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
 
 
 def _forward(gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor:
@@ -139,6 +136,7 @@ def _forward(gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor:
 
 
 def _scalars(gating: Gating) -> tuple:
+    """The operators' last arguments; `_ops` says why the usual ones are left out."""
     if gating is SILU:
         return ()
     if gating is SWIGLU:
@@ -146,31 +144,9 @@ def _scalars(gating: Gating) -> tuple:
     return gating.power, list(gating[1:])
 
 
-def _differentiable_backward(grad: Tensor, inputs: tuple[Tensor, ...], gating: Gating):
-    """Gradients that can themselves be differentiated: PyTorch's own, of the plain formula."""
-    with torch.enable_grad():
-        gate, up = inputs if len(inputs) == 2 else (inputs[0], None)
-        return torch.autograd.grad(reference.product(gate, up, gating), inputs, grad, create_graph=True)
-
-
-class _SelfGated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, gating):
-        ctx.save_for_backward(gate)
-        ctx.gating = gating
-        return _forward(gate, None, gating)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (gate,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_differentiable_backward(grad, (gate,), ctx.gating), None
-        grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        _ops.product_backward(grad, gate, None, grad_gate, None, *_scalars(ctx.gating))
-        return grad_gate, None
-
-
 class _Product(torch.autograd.Function):
+    """Saves gate and up, nothing else. `up` may be None: the gate's activation alone."""
+
     @staticmethod
     def forward(ctx, gate, up, gating):
         ctx.save_for_backward(gate, up)
@@ -181,14 +157,18 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable_backward(grad, (gate, up), ctx.gating), None
+            inputs = (gate,) if up is None else (gate, up)
+            gradients = _differentiable_gradients(reference.product(gate, up, ctx.gating), inputs, grad)
+            return (*gradients, None) if up is not None else (*gradients, None, None)
         grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
+        grad_up = None if up is None else torch.empty_like(up, memory_format=torch.contiguous_format)
         _ops.product_backward(grad, gate, up, grad_gate, grad_up, *_scalars(ctx.gating))
         return grad_gate, grad_up, None
 
 
 class _PackedProduct(torch.autograd.Function):
+    """Saves the packed tensor, and writes both halves of its gradient in place."""
+
     @staticmethod
     def forward(ctx, gate_up, gating):
         ctx.save_for_backward(gate_up)
@@ -198,15 +178,18 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
         if torch.is_grad_enabled():
-            with torch.enable_grad():
-                packed = reference.product(*gate_up.chunk(2, dim=-1), ctx.gating)
-                return *torch.autograd.grad(packed, (gate_up,), grad, create_graph=True), None
+            gradients = _differentiable_gradients(reference.product(gate, up, ctx.gating), (gate_up,), grad)
+            return *gradients, None
         grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-        _ops.product_backward(
-            grad, *gate_up.chunk(2, dim=-1), *grad_gate_up.chunk(2, dim=-1), *_scalars(ctx.gating)
-        )
+        _ops.product_backward(grad, gate, up, *grad_gate_up.chunk(2, dim=-1), *_scalars(ctx.gating))
         return grad_gate_up, None
+
+
+def _differentiable_gradients(product: Tensor, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """Gradients that can themselves be differentiated, as `create_graph=True` asks: those of the plain formula."""
+    return torch.autograd.grad(product, inputs, grad, create_graph=True)
 
 
 def _check_floating(function: str, name: str, value: object) -> None:
@@ -219,13 +202,13 @@ def _check_floating(function: str, name: str, value: object) -> None:
         )
 
 
-def _check_pair(function: str, gate: Tensor, up: object) -> None:
-    _check_floating(function, "up", up)
+def _check_up(gate: Tensor, up: object) -> None:
+    _check_floating("swiglu", "up", up)
     if gate.shape != up.shape:
         raise ValueError(
-            f"{function}: gate and up must have the same shape; got gate {tuple(gate.shape)} and up {tuple(up.shape)}"
+            f"swiglu: gate and up must have the same shape; got gate {tuple(gate.shape)} and up {tuple(up.shape)}"
         )
     if gate.device != up.device:
         raise ValueError(
-            f"{function}: gate and up must be on the same device; got gate on {gate.device} and up on {up.device}"
+            f"swiglu: gate and up must be on the same device; got gate on {gate.device} and up on {up.device}"
         )
