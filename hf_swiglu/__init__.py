@@ -1,12 +1,13 @@
 """SwiGLU for Hugging Face transformers: the activation `"swiglu"`, and fused gates for LLaMA-style MLPs."""
 
+from hf_swiglu._version import __version__
 from hf_swiglu.activation import SwiGLU, register, unregister
 from hf_swiglu.backends import available_backends
 from hf_swiglu.functional import swiglu, swiglu_packed
 from hf_swiglu.patching import patch_model, unpatch_model
 from hf_swiglu.report import PatchReport
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "PatchReport",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -77,7 +79,7 @@ def swiglu_packed(gate_up: Tensor) -> Tensor:
             f"swiglu_packed: the last dimension holds gate and up side by side, so its width must be even; "
             f"got gate_up of shape {tuple(gate_up.shape)}"
         )
-    return packed_product(gate_up, SILU)
+    return packed_product(gate_up)
 
 
 def gated_product(gate: Tensor, up: Tensor | None, gating: Gating = SILU) -> Tensor:
@@ -97,11 +99,19 @@ def gated_product(gate: Tensor, up: Tensor | None, gating: Gating = SILU) -> Ten
     return _forward(gate, up, gating)
 
 
-def packed_product(gate_up: Tensor, gating: Gating = SILU) -> Tensor:
-    """`gated_product` of the two halves of the last dimension; one buffer is kept for backward, and one written."""
+# Where gate and up lie in a packed tensor [..., 2 * I]; all are views.
+LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "gate_up": lambda packed: packed.chunk(2, dim=-1),
+    "up_gate": lambda packed: packed.chunk(2, dim=-1)[::-1],
+    "interleaved": lambda packed: (packed[..., ::2], packed[..., 1::2]),
+}
+
+
+def packed_product(gate_up: Tensor, gating: Gating = SILU, layout: str = "gate_up") -> Tensor:
+    """`gated_product` of a packed tensor, [..., 2 * I] -> [..., I]; one buffer is kept for backward, and one written."""
     if gate_up.requires_grad and torch.is_grad_enabled() and _kernel_serves(gate_up, None):
-        return _PackedProduct.apply(gate_up, gating)
-    return gated_product(*gate_up.chunk(2, dim=-1), gating)
+        return _PackedProduct.apply(gate_up, gating, layout)
+    return gated_product(*LAYOUTS[layout](gate_up), gating)
 
 
 def product_into_gate(gate: Tensor, up: Tensor, gating: Gating = SILU) -> Tensor:
@@ -137,9 +147,9 @@ def _forward(gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor:
 
 def _scalars(gating: Gating) -> tuple:
     """The operators' last arguments; `_ops` says why the usual ones are left out."""
-    if gating is SILU:
+    if gating == SILU:
         return ()
-    if gating is SWIGLU:
+    if gating == SWIGLU:
         return (2,)
     return gating.power, list(gating[1:])
 
@@ -167,24 +177,24 @@ class _Product(torch.autograd.Function):
 
 
 class _PackedProduct(torch.autograd.Function):
-    """Saves the packed tensor, and writes both halves of its gradient in place."""
+    """Saves the packed tensor, and writes both parts of its gradient in place."""
 
     @staticmethod
-    def forward(ctx, gate_up, gating):
+    def forward(ctx, gate_up, gating, layout):
         ctx.save_for_backward(gate_up)
-        ctx.gating = gating
-        return _forward(*gate_up.chunk(2, dim=-1), gating)
+        ctx.gating, ctx.parts = gating, LAYOUTS[layout]
+        return _forward(*ctx.parts(gate_up), gating)
 
     @staticmethod
     def backward(ctx, grad):
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = ctx.parts(gate_up)
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(reference.product(gate, up, ctx.gating), (gate_up,), grad)
-            return *gradients, None
+            return *gradients, None, None
         grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-        _ops.product_backward(grad, gate, up, *grad_gate_up.chunk(2, dim=-1), *_scalars(ctx.gating))
-        return grad_gate_up, None
+        _ops.product_backward(grad, gate, up, *ctx.parts(grad_gate_up), *_scalars(ctx.gating))
+        return grad_gate_up, None, None
 
 
 def _differentiable_gradients(product: Tensor, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:

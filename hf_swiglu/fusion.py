@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import functools
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
-from hf_swiglu import functional
-from hf_swiglu.recognition import GATINGS, GatedProduct
+from hf_swiglu import functional, reference
+from hf_swiglu.patterns import GATINGS
+from hf_swiglu.recognition import GatedProduct
 from hf_swiglu.reference import Gating
 
 
@@ -54,91 +57,88 @@ def original_class(fused: type[nn.Module]) -> type[nn.Module]:
     return fused.__mro__[fused.__mro__.index(FusedModule) + 1]
 
 
-_fused_classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+_fused_classes: dict[tuple, type[nn.Module]] = {}
 
 
-def fused_class(original: type[nn.Module], found: GatedProduct) -> type[nn.Module]:
-    """The subclass of `original` whose forward computes `found` with one call."""
-    source, namespace = _generate(found)
-    # Equal sources differ at most in the functions that they call, which `_product_function` caches.
-    key = (original, source + repr(sorted((name, id(value)) for name, value in namespace.items())))
+def fused_class(
+    original: type[nn.Module], found: GatedProduct, members: Mapping[str, object] = MappingProxyType({})
+) -> type[nn.Module]:
+    """The subclass of `original` whose method computes `found` with one call, and which has these `members` too."""
+    source, functions = _generate(found)
+    key = (original, source, *functions.values())
     if key not in _fused_classes:
-        forward = _compile(source, namespace, original)
-        members = {
-            "forward": forward,
+        defined = {
+            **members,
+            found.method: _compile(source, functions, original, found.method),
             "found": found,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
         }
-        _fused_classes[key] = type(original)(original.__name__, (FusedModule, original), members)
+        _fused_classes[key] = type(original)(original.__name__, (FusedModule, original), defined)
     return _fused_classes[key]
 
 
 def _generate(found: GatedProduct) -> tuple[str, dict[str, object]]:
-    """The fused forward's source and the names that it uses. The graph that was found is left alone."""
+    """The fused method's source, and the names that it uses. The graph that was found is left alone."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(found.graph, copies)
-    graph.output(result)
-    product, activation = copies[found.product], copies[found.activation]
+    graph.output(graph.graph_copy(found.graph, copies))
+    product = copies[found.product]
+    child = found.activated.child
     with graph.inserting_before(product):
-        child = graph.get_attr(found.activation_child) if found.activation_child else None
+        activation = graph.get_attr(child) if child else None
         if found.packed is not None:
-            operands = (copies[found.packed],)
+            packed, layout = found.packed
+            fused = graph.call_function(packed_function(found.gating, layout), (copies[packed], activation))
         else:
-            owner = _sole_owner(found)
-            projection = graph.get_attr(owner) if owner else None
-            operands = (copies[found.gate], copies[found.up], projection)
-        function = _product_function(found.gating, found.packed is not None)
-        fused = graph.call_function(function, (*operands, child))
+            operands = (copies[found.gate], copies[found.up])
+            fused = graph.call_function(separate_function(found.gating), (*operands, activation))
     product.replace_all_uses_with(fused)
-    graph.erase_node(product)
-    graph.erase_node(activation)
-    if found.packed is not None:
-        _erase_unused(graph, copies[found.gate], copies[found.up])
+    _erase_unused(graph, child)
+    if found.packed is None and _solely_owned(copies[found.gate], fused):
+        with graph.inserting_before(fused):
+            fused.args = (*fused.args, graph.get_attr(found.gate.target))
     code = graph.python_code("self")
     return code.src, dict(code.globals)
 
 
-def _sole_owner(found: GatedProduct) -> str | None:
-    """The child that made gate, when nothing but the activation looks at what it made."""
-    if found.gate.op == "call_module" and len(found.gate.users) == 1 and found.gate is not found.up:
-        return found.gate.target
-    return None
+def _erase_unused(graph: fx.Graph, activation_child: str | None) -> None:
+    """Take out the nodes that the fused call made superfluous; those of other children stay, hooks and all."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (
+            node.op in ("call_function", "call_method", "get_attr")
+            or (node.op == "call_module" and node.target == activation_child)
+        ):
+            graph.erase_node(node)
 
 
-def _erase_unused(graph: fx.Graph, *halves: fx.Node) -> None:
-    for half in halves:
-        chunks = half.args[0]
-        if not half.users:
-            graph.erase_node(half)
-        if not chunks.users:
-            graph.erase_node(chunks)
+def _solely_owned(gate: fx.Node, fused: fx.Node) -> bool:
+    """Whether a child made gate, and the fused call alone looks at it."""
+    return gate.op == "call_module" and list(gate.users) == [fused] and fused.args.count(gate) == 1
 
 
-def _compile(source: str, namespace: dict[str, object], original: type) -> Callable:
-    filename = f"<fused {original.__module__}.{original.__qualname__} {id(namespace)}>"
+def _compile(source: str, functions: dict[str, object], original: type, method: str) -> Callable:
+    filename = f"<fused {original.__module__}.{original.__qualname__}.{method} {len(_fused_classes)}>"
     # With the source in linecache, tracebacks and inspect.getsource show the generated lines.
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace = dict(functions)
     exec(compile(source, filename, "exec"), namespace)
-    return namespace["forward"]
+    # The code generator calls every graph `forward`.
+    function = namespace["forward"]
+    function.__name__ = method
+    return function
 
 
-_product_functions: dict[tuple[Gating, bool], Callable] = {}
+@functools.cache
+def separate_function(gating: Gating) -> Callable:
+    """What the generated code calls for gate and up in two tensors; `projection` made gate and nobody else sees it."""
 
-
-def _product_function(gating: Gating, packed: bool) -> Callable:
-    """What the generated forward calls, one function for each member of the family and layout."""
-    if (gating, packed) not in _product_functions:
-        _product_functions[gating, packed] = _packed(gating) if packed else _separate(gating)
-    return _product_functions[gating, packed]
-
-
-def _separate(gating: Gating) -> Callable:
-    def gated_product(gate: Tensor, up: Tensor, projection: nn.Module | None, activation: nn.Module | None) -> Tensor:
-        if activation is not None and _is_needed(activation, gating):
-            return activation(gate) * up
+    def gated_product(
+        gate: Tensor, up: Tensor, activation: nn.Module | None, projection: nn.Module | None = None
+    ) -> Tensor:
+        if activation is not None and is_needed(activation, gating.power):
+            return reference.product(gate, up, gating, activation)
         if projection is not None and not (gate.requires_grad or up.requires_grad) and _is_fresh(projection):
             return functional.product_into_gate(gate, up, gating)
         return functional.gated_product(gate, up, gating)
@@ -146,23 +146,25 @@ def _separate(gating: Gating) -> Callable:
     return gated_product
 
 
-def _packed(gating: Gating) -> Callable:
+@functools.cache
+def packed_function(gating: Gating, layout: str) -> Callable:
+    """What the generated code calls for gate and up in one tensor."""
+
     def packed_product(gate_up: Tensor, activation: nn.Module | None) -> Tensor:
-        if activation is not None and _is_needed(activation, gating):
-            gate, up = gate_up.chunk(2, dim=-1)
-            return activation(gate) * up
-        return functional.packed_product(gate_up, gating)
+        if activation is not None and is_needed(activation, gating.power):
+            return reference.product(*functional.LAYOUTS[layout](gate_up), gating, activation)
+        return functional.packed_product(gate_up, gating, layout)
 
     return packed_product
 
 
-def _is_needed(activation: nn.Module, gating: Gating) -> bool:
+def is_needed(activation: nn.Module, power: int) -> bool:
     """Whether the activation module itself must be called: somebody hooked it, or put another in its place."""
-    return _is_watched(activation) or GATINGS.get(type(activation)) is not gating
+    gating = GATINGS.get(type(activation))
+    return gating is None or gating.power != power or _is_watched(activation)
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether someone hooked the module, and expects it to be called."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from hf_swiglu import swapping, verification
+from hf_swiglu.experts import eager_members
 from hf_swiglu.fusion import FusedModule, fused_class, original_class
-from hf_swiglu.recognition import NotFusable
+from hf_swiglu.recognition import GatedProduct, NotFusable
 from hf_swiglu.report import ALREADY_FUSED, FUSED, SKIPPED, Entry, PatchReport
 from hf_swiglu.survey import Found, choose, survey
 
@@ -67,12 +68,12 @@ def patch_model(
         if strict and not report.fused and not report.already_fused:
             raise ValueError(_nothing_fused(model, report))
         names = {entry.name for entry in report.fused}
-        plan = [(module, fused_class(type(module), found), found) for name, module, found in surveyed if name in names]
+        plan = [(module, fused(type(module), found), found) for name, module, found in surveyed if name in names]
         if verify:
             verification.compare(plan, set_class)
         # Nothing can fail half-way from here: every class exists, and assigning one allocates nothing.
-        for module, fused, _ in plan:
-            set_class(module, fused)
+        for module, cls, _ in plan:
+            set_class(module, cls)
     return report
 
 
@@ -97,17 +98,22 @@ def unpatch_model(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch_model: model must be a torch.nn.Module; got {type(model).__name__}")
-    fused = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedModule)]
-    for name, module in fused:
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedModule)]
+    for name, module in modules:
         if FusedModule not in type(module).__bases__:
             raise RuntimeError(
                 f"unpatch_model: {name} was wrapped as {type(module).__mro__[1].__name__} after it was fused; "
                 "unpatch a model before wrapping it"
             )
-    for _, module in fused:
+    for _, module in modules:
         set_class(module, original_class(type(module)))
     swapping.restore(model)
-    return len(fused)
+    return len(modules)
+
+
+def fused(original: type[nn.Module], found: GatedProduct) -> type[nn.Module]:
+    """The fused subclass of a dense MLP's or an experts module's class."""
+    return fused_class(original, found, eager_members(original, found))
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -131,11 +137,11 @@ def _entry(name: str, module: nn.Module, found: Found) -> Entry:
     class_name = type(module).__name__
     if isinstance(found, NotFusable):
         return Entry(name, class_name, SKIPPED, reason=str(found))
-    described = (found.kind, found.activation_name)
+    described = (found.kind, found.activated.name)
     if isinstance(module, FusedModule):
         return Entry(name, class_name, ALREADY_FUSED, *described)
     if found.gating is None:
-        reason = f"its gate's activation is {found.activation_name}, not SiLU or SwiGLU"
+        reason = f"its gate's activation is {found.activated.name}, not SiLU or SwiGLU"
         return Entry(name, class_name, SKIPPED, *described, reason)
     if {"forward", "_old_forward"} & vars(module).keys() and not _bound_forwards(module):
         reason = "its forward was replaced on the instance, by something other than accelerate's hooks"

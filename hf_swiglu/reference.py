@@ -7,6 +7,7 @@ PyTorch computes for an unpatched model, so falling back to them never changes a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,24 +39,18 @@ SILU = Gating()
 SWIGLU = Gating(power=2)
 
 
-def activate(gate: Tensor, gating: Gating = SILU) -> Tensor:
-    """`a` of the formula in `Gating`: the gate's activation, limits included."""
+def product(
+    gate: Tensor, up: Tensor | None, gating: Gating = SILU, activation: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """`a * (u + up_offset)` of the formula in `Gating`; `a` alone where there is no `up`.
+
+    `activation` is applied to the limited gate in place of the formula's own, where one is given.
+    """
     if gating.gate_limit != math.inf:
         gate = gate.clamp(max=gating.gate_limit)
-    if gating.alpha == 1.0:
-        activated = F.silu(gate)
-    else:
-        activated = gate * torch.sigmoid(gate * gating.alpha)
-    if gating.power == 2:
-        activated = gate * activated
+    activated = activation(gate) if activation else swish_power(gate, gating.power, gating.alpha)
     if gating.act_limit != math.inf:
         activated = activated.clamp(max=gating.act_limit)
-    return activated
-
-
-def product(gate: Tensor, up: Tensor | None, gating: Gating = SILU) -> Tensor:
-    """`a * (u + up_offset)` of the formula in `Gating`; `a` alone where there is no `up`."""
-    activated = activate(gate, gating)
     if up is None:
         return activated
     if gating.up_limit != math.inf:
@@ -63,3 +58,9 @@ def product(gate: Tensor, up: Tensor | None, gating: Gating = SILU) -> Tensor:
     if gating.up_offset:
         up = up + gating.up_offset
     return activated * up
+
+
+def swish_power(gate: Tensor, power: int, alpha: float) -> Tensor:
+    """`g^power * sigmoid(alpha * g)`."""
+    activated = F.silu(gate) if alpha == 1.0 else gate * torch.sigmoid(gate * alpha)
+    return gate * activated if power == 2 else activated

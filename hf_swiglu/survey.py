@@ -66,7 +66,7 @@ def _configuration(module: nn.Module) -> tuple:
     """Equal for two modules whose forwards trace alike.
 
     Only the attributes that the class's functions name can steer a trace, so a `layer_idx` that nothing reads keeps
-    126 layers one configuration. Floats stay symbolic in a trace and do not count.
+    126 layers one configuration.
     """
     named: set[str] = set()
     for cls in type(module).__mro__:
@@ -78,8 +78,8 @@ def _configuration(module: nn.Module) -> tuple:
     values = []
     for name in sorted((named & vars(module).keys()) - {"training"}):
         value = vars(module)[name]
-        comparable = isinstance(value, (int, str, types.NoneType))
-        values.append((name, type(value), value if comparable else None if isinstance(value, float) else id(value)))
+        comparable = isinstance(value, (int, float, str, types.NoneType))
+        values.append((name, type(value), value if comparable else id(value)))
     children = [
         (name, type(child), getattr(child, "in_features", None), getattr(child, "out_features", None))
         for name, child in module.named_children()

@@ -12,13 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS, ACT2FN
 
-from hf_swiglu.activation import SwiGLU
 from hf_swiglu.fusion import FusedModule
-from hf_swiglu.recognition import GATINGS, GatedProduct, NotFusable
-from hf_swiglu.reference import SILU, SWIGLU
+from hf_swiglu.patterns import ACTIVATION_MODULES, GATINGS
+from hf_swiglu.recognition import GatedProduct, NotFusable
 from hf_swiglu.survey import Found
 
-_WANTED = {"silu": SILU, "swiglu": SWIGLU}
+# By the power of the gate in the product: `reference.Gating`.
+_WANTED = {"silu": 1, "swiglu": 2}
 
 # Where a swapped module keeps what it had. In `__dict__`, past nn.Module's own bookkeeping, so that deepcopy takes it along.
 _RECORD = "_hf_swiglu_swap"
@@ -46,10 +46,10 @@ def swapped(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], acti
     done: list[nn.Module] = []
     try:
         for name, module, found in surveyed:
-            if isinstance(found, NotFusable) or found.gating is _WANTED[activation]:
+            if isinstance(found, NotFusable) or (found.gating and found.gating.power == _WANTED[activation]):
                 continue
             _check_swappable(name, module, found)
-            _swap(model, name, module, found.activation_child, activation)
+            _swap(model, name, module, found.activated.child, activation)
             done.append(module)
         if done:
             _check_reload(model)
@@ -63,11 +63,11 @@ def swapped(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], acti
 def _check_swappable(name: str, module: nn.Module, found: GatedProduct) -> None:
     if isinstance(module, FusedModule):
         raise ValueError(
-            f"patch_model: {name} is already fused with {found.activation_name}; call unpatch_model before swapping"
+            f"patch_model: {name} is already fused with {found.activated.name}; call unpatch_model before swapping"
         )
-    if found.activation_child is None:
+    if found.activated.child is None:
         raise ValueError(
-            f"patch_model: {name} ({type(module).__name__}) calls {found.activation_name} in its forward instead of "
+            f"patch_model: {name} ({type(module).__name__}) calls {found.activated.name} in its forward instead of "
             "reading an activation from its config, so it cannot be swapped. Leave it out with only="
         )
 
@@ -128,7 +128,6 @@ def _same_activation(name: str, activation_type: type) -> bool:
 def _check_reload(model: nn.Module) -> None:
     """Build every transformers model in `model` again from its config, and compare the activations place by place."""
     inside: tuple[nn.Module, ...] = ()
-    kinds = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()} | {SwiGLU}
     for owner in model.modules():
         if not isinstance(owner, PreTrainedModel) or owner in inside:
             continue
@@ -136,7 +135,7 @@ def _check_reload(model: nn.Module) -> None:
         with torch.device("meta"):
             twin = type(owner)(copy.deepcopy(owner.config))
         for name, rebuilt in twin.named_modules():
-            if type(rebuilt) not in kinds:
+            if type(rebuilt) not in ACTIVATION_MODULES:
                 continue
             present = owner.get_submodule(name)
             if not _computes_alike(type(present), type(rebuilt)):

@@ -45,7 +45,7 @@ def compare(
 
 
 def _probe(module: nn.Module, found: GatedProduct) -> Tensor:
-    first = found.packed if found.packed is not None else found.gate
+    first = found.packed[0] if found.packed is not None else found.gate
     projection = module.get_submodule(first.target)
     weight = next(projection.parameters())
     if weight.is_meta and "_old_forward" not in vars(projection):

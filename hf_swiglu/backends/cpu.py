@@ -1,0 +1,92 @@
+"""The operators on CPU tensors: from tensors to the addresses and strides that the C kernel takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, get_num_threads
+
+from hf_swiglu.backends import _cpu_kernels
+from hf_swiglu.backends.rows import common_rows
+
+# The order of the enumeration in csrc/kernels.h.
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+instruction_set: Callable[[], str] = _cpu_kernels.instruction_set
+
+
+def product(gate: Tensor, up: Tensor | None, out: Tensor, power: int = 1, limits: list[float] | None = None) -> None:
+    """Writes the product of `reference.Gating(power, *limits)` into `out`, which may be one of the inputs."""
+    _run("product", (gate, up), (out,), power, limits)
+
+
+def product_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    grad_gate: Tensor,
+    grad_up: Tensor | None,
+    power: int = 1,
+    limits: list[float] | None = None,
+) -> None:
+    """Writes the gradients of `product` with respect to `gate` and, where there is one, to `up`."""
+    if (up is None) is not (grad_up is None):
+        raise ValueError("product_backward: up and grad_up belong together; give both of them or neither")
+    _run("product_backward", (grad, gate, up), (grad_gate, grad_up), power, limits)
+
+
+def _run(function: str, inputs: tuple, outputs: tuple, power: int, limits: list[float] | None) -> None:
+    kernel = getattr(_cpu_kernels, function)
+    dtype, count = inputs[0].dtype, inputs[0].numel()
+    # Contiguous tensors, nearly all there are, are one row each; looking no further halves the time this takes.
+    addresses = []
+    for tensor in inputs + outputs:
+        if tensor is None:
+            addresses.append(0)
+        elif tensor.is_contiguous() and tensor.numel() == count and tensor.dtype is dtype and dtype in _DTYPES:
+            addresses.append(tensor.data_ptr())
+        else:
+            return _run_rows(function, inputs, outputs, power, limits)
+    kernel(_DTYPES[dtype], get_num_threads(), power, limits, 1, count, None, *addresses)
+
+
+def _run_rows(function: str, inputs: tuple, outputs: tuple, power: int, limits: list[float] | None) -> None:
+    tensors = [tensor for tensor in inputs + outputs if tensor is not None]
+    _check(function, tensors)
+    rows = common_rows(*tensors)
+    if rows is None:
+        return _run_copies(function, inputs, outputs, power, limits)
+    cut = iter(rows)
+    strides: list[int] = []
+    addresses = []
+    for tensor in inputs + outputs:
+        strides += (0, 0) if tensor is None else next(cut)[2:]
+        addresses.append(0 if tensor is None else tensor.data_ptr())
+    kernel = getattr(_cpu_kernels, function)
+    code = _DTYPES[tensors[0].dtype]
+    kernel(code, get_num_threads(), power, limits, rows[0].rows, rows[0].columns, tuple(strides), *addresses)
+
+
+def _run_copies(function: str, inputs: tuple, outputs: tuple, power: int, limits: list[float] | None) -> None:
+    """For tensors that do not lie in rows: contiguous copies of the inputs, results copied to where they belong."""
+    inputs = tuple(tensor if tensor is None else tensor.contiguous() for tensor in inputs)
+    results = tuple(
+        tensor if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in outputs
+    )
+    _run(function, inputs, results, power, limits)
+    for tensor, result in zip(outputs, results):
+        if tensor is not None:
+            tensor.copy_(result)
+
+
+def _check(function: str, tensors: list[Tensor]) -> None:
+    first = tensors[0]
+    alike = all(tensor.shape == first.shape and tensor.dtype is first.dtype for tensor in tensors)
+    if not alike or first.dtype not in _DTYPES:
+        given = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
+        raise ValueError(
+            f"{function}: the CPU kernel takes tensors of one shape and of one dtype out of float32, bfloat16 and "
+            f"float16; got {given}"
+        )

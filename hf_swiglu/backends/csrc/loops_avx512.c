@@ -1,0 +1,20 @@
+/* The loops for processors with AVX-512 (servers since 2017, Zen since 2022). */
+#include "kernels.h"
+
+#ifdef HAVE_X86_INSTRUCTION_SETS
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#include "vector_avx512.h"
+#include "loops.h"
+
+const InstructionSet instruction_set_avx512 = INSTRUCTION_SET("AVX-512");
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,100 @@
+/* The vocabulary of loops.h in the compiler's own vectors (GCC and Clang): SSE2, NEON or whatever there is. */
+#include <stdint.h>
+#include <string.h>
+
+typedef float vfloat __attribute__((vector_size(16)));
+typedef int32_t vint __attribute__((vector_size(16)));
+typedef uint32_t vuint __attribute__((vector_size(16)));
+typedef struct { vfloat a, b; } vpair;
+enum { LANES = 4 };
+
+INLINE vfloat v_set(float x) { return (vfloat){x, x, x, x}; }
+INLINE vfloat v_add(vfloat x, vfloat y) { return x + y; }
+INLINE vfloat v_sub(vfloat x, vfloat y) { return x - y; }
+INLINE vfloat v_mul(vfloat x, vfloat y) { return x * y; }
+
+/* One instruction where the processor has it; two roundings elsewhere. */
+INLINE vfloat v_mul_add(vfloat x, vfloat y, vfloat z) { return x * y + z; }
+
+INLINE vuint v_select(vint where, vuint yes, vuint no) { return ((vuint)where & yes) | (~(vuint)where & no); }
+
+/* A NaN in x compares false and stays. */
+INLINE vfloat v_at_most(vfloat x, vfloat limit) { return (vfloat)v_select(x > limit, (vuint)limit, (vuint)x); }
+INLINE vfloat v_at_least(vfloat x, vfloat limit) { return (vfloat)v_select(x < limit, (vuint)limit, (vuint)x); }
+
+INLINE vfloat v_keep_if_at_most(vfloat value, vfloat x, vfloat limit)
+{
+    return (vfloat)((vint)value & (x <= limit));
+}
+
+/* 2^n, where the lowest bits of `shifted` hold n + 127. */
+INLINE vfloat v_power_of_two(vfloat shifted) { return (vfloat)((vuint)shifted << 23); }
+
+INLINE vfloat v_reciprocal(vfloat x) { return 1.0f / x; }
+INLINE vfloat v_reciprocal_half(vfloat x) { return 1.0f / x; }
+
+INLINE vpair load_float32(const float *p)
+{
+    vpair x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+INLINE void store_float32(float *p, vpair x) { memcpy(p, &x, sizeof x); }
+
+/* Two 16-bit elements share a word: `a` takes the lower ones and `b` the upper ones. */
+INLINE vuint load_words(const uint16_t *p)
+{
+    vuint words;
+    memcpy(&words, p, sizeof words);
+    return words;
+}
+
+INLINE vpair load_bfloat16(const uint16_t *p)
+{
+    vuint words = load_words(p);
+    return (vpair){(vfloat)(words << 16), (vfloat)(words & 0xffff0000u)};
+}
+
+/* To nearest even. No NaN here has low bits that could carry it away: it comes from a bfloat16, or from the
+   processor. */
+INLINE vuint round_bfloat16(vfloat x) { return (vuint)x + ((((vuint)x >> 16) & 1u) + 0x7fffu); }
+
+INLINE void store_bfloat16(uint16_t *p, vpair x)
+{
+    vuint words = (round_bfloat16(x.a) >> 16) | (round_bfloat16(x.b) & 0xffff0000u);
+    memcpy(p, &words, sizeof words);
+}
+
+/* From the low half of each word. The exponent moves over by a product, which makes subnormals right too. */
+INLINE vfloat widen_float16(vuint half)
+{
+    vuint magnitude = (half & 0x7fffu) << 13;
+    vuint bits = (vuint)((vfloat)magnitude * 0x1p112f);
+    vuint not_finite = (vuint)(magnitude >= 0x7c00u << 13) & 0x7f800000u;
+    return (vfloat)(bits | not_finite | (half & 0x8000u) << 16);
+}
+
+/* To nearest even. A sum with 0.5 leaves a subnormal's bits at the bottom, rounded by the processor. */
+INLINE vuint narrow_float16(vfloat x)
+{
+    vuint magnitude = (vuint)x & 0x7fffffffu;
+    vuint normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    vuint subnormal = (vuint)((vfloat)magnitude + 0.5f) - (126u << 23);
+    vuint half = v_select((vint)(magnitude < 113u << 23), subnormal, normal);
+    half = v_select((vint)(magnitude >= 143u << 23), (vuint){0} + 0x7c00u, half);
+    half = v_select((vint)(magnitude > 255u << 23), (vuint){0} + 0x7e00u, half);
+    return half | (((vuint)x >> 16) & 0x8000u);
+}
+
+INLINE vpair load_float16(const uint16_t *p)
+{
+    vuint words = load_words(p);
+    return (vpair){widen_float16(words & 0xffffu), widen_float16(words >> 16)};
+}
+
+INLINE void store_float16(uint16_t *p, vpair x)
+{
+    vuint words = narrow_float16(x.a) | narrow_float16(x.b) << 16;
+    memcpy(p, &words, sizeof words);
+}

@@ -1,0 +1,321 @@
+"""The Triton kernels: on a GPU where there is one, otherwise the same source under Triton's interpreter."""
+
+import importlib.util
+import math
+import os
+import re
+from collections import Counter
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hf_swiglu
+from hf_swiglu import reference
+from hf_swiglu.reference import SILU, SWIGLU, Gating
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from hf_swiglu.backends import triton as compiled  # noqa: E402
+
+# NumPy's about the infinities under the interpreter, and Triton 3.9's about a default of its next release.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in", "ignore:TRITON_DEFAULT_FP_FUSION")
+
+DEVICE = next((name for name in ("cuda", "xpu") if getattr(torch, name).is_available()), "cpu")
+LIMITED = Gating(power=2, alpha=1.7, gate_limit=2.0, act_limit=3.0, up_limit=1.5, up_offset=1.0)
+GATINGS = {"silu": SILU, "swiglu": SWIGLU, "limited": LIMITED}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _interpreted():
+    """A second copy of the module, whose kernels Triton interprets: it decides when they are decorated."""
+    spec = importlib.util.find_spec("hf_swiglu.backends.triton")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(module)
+    return module
+
+
+kernels = _interpreted() if DEVICE == "cpu" else compiled
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_rounds_to_nearest(monkeypatch):
+    """The interpreter truncates to bfloat16, where every GPU rounds to nearest (see the `cvt.rn` test below)."""
+    if DEVICE != "cpu":
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(values, source, target, mode):
+        if source == tl.float32 and target == tl.bfloat16:
+            return torch.from_numpy(values.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
+        return convert(values, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounding)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels launched so far."""
+    names = []
+    launch = kernels._launch
+
+    def counting(kernel, *args):
+        names.append(kernel.fn.__name__)
+        launch(kernel, *args)
+
+    monkeypatch.setattr(kernels, "_launch", counting)
+    return names
+
+
+def assert_as_accurate_as_eager(result, eager, exact):
+    error, allowed = ((each.double() - exact).abs().max() for each in (result, eager))
+    assert error <= 1.5 * allowed + 1e-6
+
+
+def _random(*shape, dtype=torch.float32):
+    return (3 * torch.randn(shape)).to(DEVICE, dtype)
+
+
+# Two tensors of one shape, as they lie in the models that have this layout.
+LAYOUTS = {
+    "contiguous": lambda new: (new(5, 701), new(5, 701)),
+    "contiguous, full tiles": lambda new: (new(4, 1024), new(4, 1024)),
+    "packed": lambda new: new(2, 3, 600).chunk(2, dim=-1),
+    "packed, several tiles": lambda new: new(3, 10000).chunk(2, dim=-1),
+    "packed, full tiles": lambda new: new(4, 2048).chunk(2, dim=-1),
+    "interleaved": lambda new: new(5, 300, 2).unbind(-1),
+    "padded rows": lambda new: (new(5, 333)[:, :301], new(5, 320)[:, 3:304]),
+    "transposed": lambda new: (new(301, 5).t(), new(301, 5).t()),
+    "irregular": lambda new: (new(4, 3, 50).transpose(0, 1), new(4, 3, 50).transpose(0, 1)),
+    "scalar": lambda new: (new(2)[0], new(2)[1]),
+}
+FLAT_LAYOUTS = ("contiguous", "contiguous, full tiles", "irregular", "scalar")
+
+
+def _pair(layout, dtype):
+    return LAYOUTS[layout](lambda *shape: _random(*shape, dtype=dtype))
+
+
+def _pytorch(dtype, grad, gate, up, gating):
+    """The product, then the gradients of its inputs, in `dtype`."""
+    inputs = [tensor.to(dtype).clone().requires_grad_() for tensor in (gate, up) if tensor is not None]
+    result = reference.product(inputs[0], None if up is None else inputs[1], gating)
+    return [result.detach(), *torch.autograd.grad(result, inputs, grad.to(dtype))]
+
+
+def _kernel(grad, gate, up, out, grad_gate, grad_up, gating=SILU):
+    limits = None if gating in (SILU, SWIGLU) else list(gating[1:])
+    kernels.product(gate, up, out, gating.power, limits)
+    kernels.product_backward(grad, gate, up, grad_gate, grad_up, gating.power, limits)
+    return [tensor for tensor in (out, grad_gate, grad_up) if tensor is not None]
+
+
+def _assert_accurate(results, grad, gate, up, gating=SILU):
+    exact = _pytorch(torch.float64, grad, gate, up, gating)
+    eager = _pytorch(gate.dtype, grad, gate, up, gating)
+    for result, usual, best in zip(results, eager, exact, strict=True):
+        assert_as_accurate_as_eager(result, usual, best)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPES.get)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_read_and_written_in_place(layout, dtype, launches):
+    gate, up = _pair(layout, dtype)
+    grad, out = _pair(layout, dtype)
+    grad_gate, grad_up = _pair(layout, dtype)
+    bases = [view if view._base is None else view._base for view in (grad_gate, grad_up)]
+    for base in bases:
+        base.fill_(7)
+    _assert_accurate(_kernel(grad, gate, up, out, grad_gate, grad_up), grad, gate, up)
+    kind = "flat" if layout in FLAT_LAYOUTS else "rows"
+    assert launches == [f"_product_{kind}", f"_backward_{kind}"]
+    # Nothing was written between the elements of the views.
+    grad_gate.fill_(7), grad_up.fill_(7)
+    assert all(torch.all(base == 7) for base in bases)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPES.get)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
+@pytest.mark.parametrize("gating", GATINGS)
+@pytest.mark.parametrize("layout", ["contiguous", "padded rows"])
+def test_every_gating(layout, gating, gated, dtype):
+    gate, up = _pair(layout, dtype)
+    grad, out = _pair(layout, dtype)
+    grad_gate, grad_up = _pair(layout, dtype)
+    if not gated:
+        up = grad_up = None
+    results = _kernel(grad, gate, up, out, grad_gate, grad_up, GATINGS[gating])
+    _assert_accurate(results, grad, gate, up, GATINGS[gating])
+
+
+def test_gelu_is_not_swish():
+    grad, gate, up = _random(3, 50, 40, dtype=torch.bfloat16)
+    with pytest.raises(AssertionError):
+        _assert_accurate([F.gelu(gate) * up, grad, grad], grad, gate, up)
+
+
+def test_expanded_gradient():
+    gate, up = _pair("contiguous", torch.float32)
+    grad = torch.tensor(0.5, device=DEVICE).expand_as(gate)
+    results = _kernel(grad, gate, up, *(torch.empty_like(gate) for _ in range(3)))
+    _assert_accurate(results, grad, gate, up)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "packed", "irregular"])
+def test_results_may_replace_the_inputs(layout):
+    gate, up = _pair(layout, torch.float16)
+    grad, _ = _pair(layout, torch.float16)
+    expected = _kernel(grad, gate, up, *(torch.empty_like(gate) for _ in range(3)))
+    product = gate.clone().copy_(gate)
+    kernels.product(product, up, product)
+    kernels.product_backward(grad, gate, up, gate, up)
+    assert [torch.equal(a, b) for a, b in zip((product, gate, up), expected, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
+def test_nothing_to_do(shape, launches):
+    empty = torch.empty(shape, device=DEVICE)
+    _kernel(empty, empty, empty, empty, empty, empty)
+    assert launches == []
+
+
+@pytest.mark.parametrize("gating", [SILU, SWIGLU, LIMITED._replace(power=1)], ids=GATINGS)
+def test_special_values_are_those_of_pytorch(gating):
+    positive = torch.tensor([0.0, 1e-40, 1.0, 2.0, 50.0, 88.0, 89.0, 100.0, 1e15, math.inf, math.nan], device=DEVICE)
+    values = torch.cat([positive, -positive])
+    gate, up = (part.flatten() for part in torch.meshgrid(values, values, indexing="ij"))
+    grad = torch.ones_like(gate)
+    results = _kernel(grad, gate, up, *(torch.empty_like(gate) for _ in range(3)), gating)
+    eager = _pytorch(torch.float32, grad, gate, up, gating)
+    for result, usual in zip(results, eager, strict=True):
+        special = (usual == 0) | ~usual.isfinite()
+        assert special.sum() > 100
+        torch.testing.assert_close(result[special], usual[special], rtol=0, atol=0, equal_nan=True)
+        # PyTorch differentiates any other alpha in three steps, whose zeros may be summed to the other sign.
+        if gating.alpha == 1:
+            zero = usual == 0
+            assert torch.equal(result[zero].signbit(), usual[zero].signbit())
+        # And nothing else is special: no overflow, no subnormal flushed to zero.
+        assert torch.all((result != 0) & result.isfinite() | special)
+
+
+def test_addresses_beyond_32_bits():
+    # Only a few pages of the 4.3 GB are touched, so on a CPU they cost nothing.
+    memory = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=DEVICE)
+    for shape, stride in (((2, 16), (2**31, 1)), ((3, 2), (1, 2**31)), ((2, 3), (4, 2**30))):
+        gate, up, out = (memory.as_strided(shape, stride, offset) for offset in (0, 16, 32))
+        gate.copy_(_random(*shape)), up.copy_(_random(*shape))
+        kernels.product(gate, up, out)
+        assert_as_accurate_as_eager(out, F.silu(gate) * up, F.silu(gate.double()) * up.double())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take an hour")
+def test_more_elements_than_32_bits_count():
+    gate = torch.ones(2**31 + 5000, dtype=torch.bfloat16, device=DEVICE)
+    kernels.product(gate, None, gate)
+    assert torch.all(gate == F.silu(torch.ones_like(gate[:1])))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="PyTorch dispatches to these kernels on a GPU")
+def test_public_functions_run_the_kernels(launches):
+    gate, up = (tensor.requires_grad_() for tensor in _random(2, 8, 512, dtype=torch.bfloat16))
+    result = hf_swiglu.swiglu(gate, up)
+    result.backward(torch.ones_like(result))
+    assert launches == ["_product_flat", "_backward_flat"]
+    _assert_accurate([result.detach(), gate.grad, up.grad], torch.ones_like(result), gate.detach(), up.detach())
+
+
+def test_launches_on_the_device_of_the_operands(monkeypatch):
+    entered = []
+    x = _random(8)
+    backend = getattr(torch, x.device.type)
+    monkeypatch.setattr(backend, "device_count", lambda: 2)
+    monkeypatch.setattr(backend, "device", lambda device: entered.append(device) or nullcontext(), raising=False)
+    kernels.product(x, None, x)
+    assert entered == [x.device]
+
+
+def test_tiles_leave_few_lanes_idle():
+    assert [kernels._tile_columns(width) for width in (3, 1536, 2048, 11008, 2**33 + 1)] == [16, 512, 2048, 2048, 2048]
+    for width in range(144, 20000):
+        tile = kernels._tile_columns(width)
+        assert -(-width // tile) * tile <= width * 9 / 8
+
+
+def _compile(target, function, *operands):
+    """The assembly of the kernel that this call would launch, specialised as Triton does at run time."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "_launch", lambda kernel, programs, tensors, *rest: calls.append((kernel, *tensors, *rest)))
+        function(*operands)
+    ((kernel, *arguments),) = calls
+    signature, constants, alignment = {}, {}, {}
+    for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        signature[parameter.name] = f"*{TYPES[value.dtype]}" if is_tensor else "i32"
+        if (value.data_ptr() if is_tensor else value) % 16 == 0:
+            alignment[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, alignment)
+    return triton.compile(source, target=target).asm
+
+
+def _accesses(assembly):
+    """How many global loads and stores of each width one thread makes."""
+    return Counter(re.findall(r"\b((?:ld|st)\.global\.[\w.]+|global_(?:load|store)_\w+)", assembly))
+
+
+def _views(packed, dtype=torch.bfloat16, rows=16, width=11008):
+    if packed:
+        return torch.empty(rows, 2 * width, dtype=dtype).chunk(2, dim=-1)
+    return tuple(torch.empty(rows, width, dtype=dtype) for _ in range(2))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["contiguous", "packed"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_cuda_accesses_are_16_bytes_wide(capability, packed):
+    target = GPUTarget("cuda", capability, 32)
+    grad, out = _views(False)
+    forward = _compile(target, compiled.product, *_views(packed), out)["ptx"]
+    assert _accesses(forward) == {"ld.global.v4.b32": 4, "st.global.v4.b32": 2}
+    backward = _compile(target, compiled.product_backward, grad, *_views(packed), *_views(packed))["ptx"]
+    assert _accesses(backward) == {"ld.global.v4.b32": 6, "st.global.v4.b32": 4}
+    # Results round to nearest, two at a time.
+    assert forward.count("cvt.rn.bf16x2.f32") == 8
+
+
+@pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)], ids=["sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPES.get)
+@pytest.mark.parametrize("gating", GATINGS)
+def test_every_variant_compiles(gating, dtype, target):
+    power, limits = GATINGS[gating].power, list(GATINGS[gating][1:])
+    assembly = "ptx" if target.backend == "cuda" else "amdgcn"
+    wide = {"ld.global.v4.b32", "st.global.v4.b32", "global_load_dwordx4", "global_store_dwordx4"}
+    for gated in (True, False):
+        # A width that no tile divides, so that the accesses are masked.
+        (gate, up), (grad_gate, grad_up), (grad, out) = (_views(gated, dtype, width=1104) for _ in range(3))
+        up, grad_up = (up, grad_up) if gated else (None, None)
+        forward = _compile(target, compiled.product, gate, up, out, power, limits)
+        backward = _compile(target, compiled.product_backward, grad, gate, up, grad_gate, grad_up, power, limits)
+        assert set(_accesses(forward[assembly])) | set(_accesses(backward[assembly])) <= wide
+
+
+@pytest.mark.parametrize("width", [11008, 11007])
+def test_strided_columns_compile(width):
+    (gate, up), (out, _) = (torch.empty(16, width, 2).unbind(-1) for _ in range(2))
+    _compile(GPUTarget("cuda", 90, 32), compiled.product, gate, up, out)
