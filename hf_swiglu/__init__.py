@@ -3,7 +3,9 @@
 from hf_swiglu._version import __version__
 from hf_swiglu.activation import SwiGLU, register, unregister
 from hf_swiglu.backends import available_backends
+from hf_swiglu.fusion_config import register as _register_fusion
 from hf_swiglu.functional import swiglu, swiglu_packed
+from hf_swiglu.loading import patch_on_load
 from hf_swiglu.patching import patch_model, unpatch_model
 from hf_swiglu.report import PatchReport
 
@@ -15,6 +17,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "patch_model",
+    "patch_on_load",
     "register",
     "swiglu",
     "swiglu_packed",
@@ -23,3 +26,4 @@ __all__ = [
 ]
 
 register()
+_register_fusion()

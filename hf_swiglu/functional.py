@@ -160,12 +160,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, gating):
         ctx.save_for_backward(gate, up)
-        ctx.gating = gating
+        ctx.gating, ctx.parts = gating, lambda gate, up: (gate, up)
         return _forward(gate, up, gating)
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
+        gate, up = _unpack_last(ctx)
         if torch.is_grad_enabled():
             inputs = (gate,) if up is None else (gate, up)
             gradients = _differentiable_gradients(reference.product(gate, up, ctx.gating), inputs, grad)
@@ -187,7 +187,7 @@ class _PackedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (gate_up,) = ctx.saved_tensors
+        (gate_up,) = _unpack_last(ctx)
         gate, up = ctx.parts(gate_up)
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(reference.product(gate, up, ctx.gating), (gate_up,), grad)
@@ -195,6 +195,32 @@ class _PackedProduct(torch.autograd.Function):
         grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
         _ops.product_backward(grad, gate, up, *ctx.parts(grad_gate_up), *_scalars(ctx.gating))
         return grad_gate_up, None, None
+
+
+def can_recompute(node: object) -> bool:
+    """Whether this is the graph node of a product that a kernel computed."""
+    return isinstance(node, (_Product._backward_cls, _PackedProduct._backward_cls))
+
+
+def recompute(node) -> Tensor:
+    """The product that `node` stands for, from the tensors that it saved."""
+    return _forward(*node.parts(*_unpack(node)), node.gating)
+
+
+def _unpack(node) -> tuple[Tensor, ...]:
+    """The node's saved tensors, unpacked once in each backward pass: non-reentrant checkpointing allows no second
+    time, and the recomputation and the node's own backward both need them."""
+    task = torch._C._current_graph_task_id()
+    known = getattr(node, "unpacked", None)
+    if known is None or known[0] != task:
+        node.unpacked = known = (task, node.saved_tensors)
+    return known[1]
+
+
+def _unpack_last(node) -> tuple[Tensor, ...]:
+    tensors = _unpack(node)
+    del node.unpacked
+    return tensors
 
 
 def _differentiable_gradients(product: Tensor, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from torch.nn.modules import module as nn_module
 from hf_swiglu import functional, reference
 from hf_swiglu.patterns import GATINGS
 from hf_swiglu.recognition import GatedProduct
+from hf_swiglu.recompute import project
 from hf_swiglu.reference import Gating
 
 
@@ -61,10 +62,16 @@ _fused_classes: dict[tuple, type[nn.Module]] = {}
 
 
 def fused_class(
-    original: type[nn.Module], found: GatedProduct, members: Mapping[str, object] = MappingProxyType({})
+    original: type[nn.Module],
+    found: GatedProduct,
+    recompute: bool = True,
+    members: Mapping[str, object] = MappingProxyType({}),
 ) -> type[nn.Module]:
-    """The subclass of `original` whose method computes `found` with one call, and which has these `members` too."""
-    source, functions = _generate(found)
+    """The subclass of `original` whose method computes `found` with one call, and which has these `members` too.
+
+    With `recompute`, a module that takes the product alone keeps it out of the graph: see `recompute.project`.
+    """
+    source, functions = _generate(found, recompute)
     key = (original, source, *functions.values())
     if key not in _fused_classes:
         defined = {
@@ -79,7 +86,7 @@ def fused_class(
     return _fused_classes[key]
 
 
-def _generate(found: GatedProduct) -> tuple[str, dict[str, object]]:
+def _generate(found: GatedProduct, recompute: bool) -> tuple[str, dict[str, object]]:
     """The fused method's source, and the names that it uses. The graph that was found is left alone."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -99,8 +106,20 @@ def _generate(found: GatedProduct) -> tuple[str, dict[str, object]]:
     if found.packed is None and _solely_owned(copies[found.gate], fused):
         with graph.inserting_before(fused):
             fused.args = (*fused.args, graph.get_attr(found.gate.target))
+    if recompute:
+        _project(graph, fused)
     code = graph.python_code("self")
     return code.src, dict(code.globals)
+
+
+def _project(graph: fx.Graph, fused: fx.Node) -> None:
+    (user, *others) = fused.users
+    if user.op == "call_module" and user.args == (fused,) and not user.kwargs and not others:
+        with graph.inserting_before(user):
+            down = graph.get_attr(user.target)
+            projected = graph.call_function(project, (down, fused))
+        user.replace_all_uses_with(projected)
+        graph.erase_node(user)
 
 
 def _erase_unused(graph: fx.Graph, activation_child: str | None) -> None:

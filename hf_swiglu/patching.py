@@ -20,6 +20,7 @@ def patch_model(
     model: nn.Module,
     *,
     activation: str | None = None,
+    recompute: bool = True,
     strict: bool = True,
     verify: bool = False,
     only: str | Sequence[str] | None = None,
@@ -29,12 +30,14 @@ def patch_model(
         down(act(gate(x)) * up(x))      becomes      down(product(gate(x), up(x)))
 
     in place, with the same parameters, outputs and state_dict, whatever the module and its children are called.
-    Without gradients the product overwrites gate; with them, gate and up are all that the product keeps.
+    Without gradients the product overwrites gate; with them, gate and up are all that is kept for backward.
 
     Args:
         model: any `torch.nn.Module`; wrapped by PEFT, accelerate or DDP is fine.
         activation: "swiglu" or "silu" swaps the gates' activation first, in the modules and in the config. This
             changes the model's function. None, the default, keeps it.
+        recompute: keep gate and up for backward, and compute the product again when the down projection's gradient
+            needs it. False keeps the product as well: half a buffer's worth of arithmetic for a buffer of memory.
         strict: raise when nothing was fused.
         verify: run each distinct class on a random input before and after, and compare.
         only: shell-style patterns of class names or of qualified names, such as "LlamaMLP" or "model.layers.0.*".
@@ -68,7 +71,7 @@ def patch_model(
         if strict and not report.fused and not report.already_fused:
             raise ValueError(_nothing_fused(model, report))
         names = {entry.name for entry in report.fused}
-        plan = [(module, fused(type(module), found), found) for name, module, found in surveyed if name in names]
+        plan = [(module, fused(type(module), found, recompute), found) for name, module, found in surveyed if name in names]
         if verify:
             verification.compare(plan, set_class)
         # Nothing can fail half-way from here: every class exists, and assigning one allocates nothing.
@@ -111,9 +114,9 @@ def unpatch_model(model: nn.Module) -> int:
     return len(modules)
 
 
-def fused(original: type[nn.Module], found: GatedProduct) -> type[nn.Module]:
+def fused(original: type[nn.Module], found: GatedProduct, recompute: bool = True) -> type[nn.Module]:
     """The fused subclass of a dense MLP's or an experts module's class."""
-    return fused_class(original, found, eager_members(original, found))
+    return fused_class(original, found, recompute, eager_members(original, found))
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:

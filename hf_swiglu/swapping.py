@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+import transformers
 from transformers.activations import ACT2CLS, ACT2FN
 
 from hf_swiglu.fusion import FusedModule
@@ -103,7 +103,7 @@ def _governing_config(model: nn.Module, name: str) -> object | None:
     path = name.split(".") if name else []
     for depth in range(len(path), -1, -1):
         owner = model.get_submodule(".".join(path[:depth]))
-        if isinstance(owner, PreTrainedModel):
+        if isinstance(owner, transformers.PreTrainedModel):
             return owner.config
     return None
 
@@ -129,7 +129,7 @@ def _check_reload(model: nn.Module) -> None:
     """Build every transformers model in `model` again from its config, and compare the activations place by place."""
     inside: tuple[nn.Module, ...] = ()
     for owner in model.modules():
-        if not isinstance(owner, PreTrainedModel) or owner in inside:
+        if not isinstance(owner, transformers.PreTrainedModel) or owner in inside:
             continue
         inside += tuple(owner.modules())
         with torch.device("meta"):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from hf_swiglu.fusion import FusedModule, original_class
 from hf_swiglu.recognition import GatedProduct
 
 # Relative to the output's norm, in units of the dtype's epsilon: eager rounds the product twice, a kernel once.
@@ -21,27 +22,36 @@ def compare(
 
     Raises:
         RuntimeError: they differ by more than rounding.
-        ValueError: the module has no weights to run with (the meta device).
+        ValueError: a module has no weights to run with (the meta device).
     """
-    seen = set()
-    for module, fused, found in plan:
-        original = type(module)
-        if (original, fused) in seen:
-            continue
-        seen.add((original, fused))
-        probe = _probe(module, found)
-        before = _run(module, probe)
-        set_class(module, fused)
-        try:
-            after = _run(module, probe)
-        finally:
-            set_class(module, original)
-        error = (after.double() - before.double()).norm() / before.double().norm().clamp(min=1e-30)
-        if not error <= _TOLERANCE * torch.finfo(before.dtype).eps:
-            raise RuntimeError(
-                f"patch_model: verify=True found that fusing {original.__name__} changes its output by "
-                f"{error:.1e} (relative norm, {before.dtype}); the model was left as it was. Please report this class"
-            )
+    for (original, fused), (module, found) in {(type(row[0]), row[1]): (row[0], row[2]) for row in plan}.items():
+        _compare_classes(module, original, fused, found, set_class)
+
+
+def compare_fused(model: nn.Module, set_class: Callable[[nn.Module, type], None]) -> None:
+    """`compare` for a model that is already fused."""
+    modules = {type(module): module for module in model.modules() if isinstance(module, FusedModule)}
+    for fused, module in modules.items():
+        _compare_classes(module, original_class(fused), fused, fused.found, set_class)
+
+
+def _compare_classes(module, original, fused, found, set_class) -> None:
+    present = type(module)
+    arguments = _probe(module, found)
+    outputs = []
+    try:
+        for cls in (original, fused):
+            set_class(module, cls)
+            outputs.append(_run(module, arguments))
+    finally:
+        set_class(module, present)
+    before, after = (output.double() for output in outputs)
+    error = (after - before).norm() / before.norm().clamp(min=1e-30)
+    if not error <= _TOLERANCE * torch.finfo(outputs[0].dtype).eps:
+        raise RuntimeError(
+            f"verify=True found that fusing {original.__name__} changes its output by {error:.1e} (relative norm, "
+            f"{outputs[0].dtype}). Please report this class"
+        )
 
 
 def _probe(module: nn.Module, found: GatedProduct) -> Tensor:

@@ -17,7 +17,15 @@ from hf_swiglu import SwiGLU, register, unregister
 
 TABLES = (ACT2FN, ACT2CLS)
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 64,
+    "decoder_start_token_id": 0,
+}
 HEADS = {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
 # model class, config class, options; the option that names the activation comes first
 MODELS = {
@@ -227,7 +235,5 @@ def test_another_process_reloads_the_same_model(tmp_path):
     with torch.no_grad():
         torch.save((batch("llama"), model(**batch("llama")).logits), tmp_path / "expected.pt")
     command = [sys.executable, "-c", RELOAD, str(tmp_path / "model"), str(tmp_path / "expected.pt")]
-    done = subprocess.run(
-        command, cwd=Path(hf_swiglu.__file__).parents[1], capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=Path(hf_swiglu.__file__).parents[1], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ PUBLIC = [
     "__version__",
     "available_backends",
     "patch_model",
+    "patch_on_load",
     "register",
     "swiglu",
     "swiglu_packed",

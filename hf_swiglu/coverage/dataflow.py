@@ -59,7 +59,7 @@ class Scope:
     def of_module(cls, tree: ast.Module) -> Scope:
         """The aliases of activations and the functions with products at a module's top level."""
         scope = cls()
-        for node in tree.body:
+        for node in top_level(tree):
             if isinstance(node, ast.FunctionDef):
                 method = _Method(node.name, scope)
                 method.run(node)
@@ -67,25 +67,17 @@ class Scope:
                     scope.gated_functions[node.name] = method.products[0]
                 elif method.returned is not None:
                     scope.callables[node.name] = method.returned.activation
-        # A child whose forward ends in an activation is an activation to the class that calls it.
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef):
-                for function in _functions(node):
-                    method = _Method(function.name, scope.of_class(node))
-                    method.run(function)
-                    if function.name == "forward" and method.returned is not None and not method.products:
-                        scope.callables[node.name] = method.returned.activation
         return scope
 
     def of_class(self, cls: ast.ClassDef) -> Scope:
         """This scope and the attributes that the class builds from activations."""
         scope = Scope(dict(self.callables), self.gated_functions)
-        for node in ast.walk(cls):
-            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-                activation = self.built_from_activation(node.value)
-                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    if activation and isinstance(target, ast.Attribute):
-                        scope.callables[ast.unparse(target)] = activation
+        for function in _functions(cls):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+                    activation = self.built_from_activation(node.value)
+                    if activation:
+                        scope.callables[_text(node.targets[0])] = activation
         return scope
 
     def built_from_activation(self, value: ast.expr) -> str | None:
@@ -97,7 +89,7 @@ class Scope:
         if isinstance(value, ast.Name | ast.Attribute):
             return self.names_activation(value)
         if isinstance(value, ast.Call):
-            if ast.unparse(value.func).split(".")[-1] in ("Sequential", "ModuleList"):
+            if _text(value.func).split(".")[-1] in ("Sequential", "ModuleList"):
                 items = [item for arg in value.args for item in (arg.elts if isinstance(arg, ast.List) else [arg])]
                 return next(filter(None, map(self.built_from_activation, items)), None)
             return self.names_activation(value.func)
@@ -105,13 +97,23 @@ class Scope:
 
     def names_activation(self, function: ast.expr) -> str | None:
         """The activation's name when `function`, called, applies one."""
-        text = ast.unparse(function)
+        text = _text(function)
         if text in self.callables:
             return self.callables[text]
         if isinstance(function, ast.Subscript):
             return text if self.names_activation(function.value) else None
         name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
         return text if _ACTIVATION.fullmatch(name) and not _NOT_ACTIVATION.fullmatch(name) else None
+
+
+def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
+    """The module's statements, those under a top-level `if` or `try` included."""
+    pending = list(reversed(tree.body))
+    while pending:
+        node = pending.pop()
+        yield node
+        if isinstance(node, ast.If | ast.Try):
+            pending.extend(node.body + node.orelse)
 
 
 def products_of(cls: ast.ClassDef, scope: Scope) -> Iterator[Product]:
@@ -122,12 +124,12 @@ def products_of(cls: ast.ClassDef, scope: Scope) -> Iterator[Product]:
         method = _Method(function.name, own)
         method.run(function)
         if function.name == "_apply_gate" and not method.products:
-            source = ast.unparse(function.body[-1])
+            source = _text(function.body[-1])
             yield Product(function.name, function.lineno, source, "self.act_fn", "gate_up", "gate_up")
         yield from method.products
     for decorator in cls.decorator_list:
         # The decorator gives the class the default `_apply_gate`: act_fn(gate) * up.
-        text = ast.unparse(decorator)
+        text = _text(decorator)
         overridden = any(function.name == "_apply_gate" for function in functions)
         if text.startswith("use_experts_implementation") and "has_gate=False" not in text and not overridden:
             yield Product("_apply_gate", cls.lineno, f"@{text}", "self.act_fn", "gate", "up")
@@ -146,6 +148,7 @@ class _Method(ast.NodeVisitor):
         self.holding: dict[str, Activated] = {}
         self.products: list[Product] = []
         self.returned: Activated | None = None
+        self.looping = False
 
     def run(self, function: ast.FunctionDef) -> None:
         self._statements(function.body)
@@ -175,8 +178,11 @@ class _Method(ast.NodeVisitor):
         activation = self.scope.names_activation(node.iter) if isinstance(node.iter, ast.Attribute) else None
         if activation and isinstance(node.target, ast.Name):
             self.scope.callables[node.target.id] = activation
-        # Twice, for what one turn of the loop leaves to the next.
-        self._statements(node.body * 2)
+        # The outermost loop twice, for what one turn leaves to the next.
+        turns = 1 if self.looping else 2
+        self.looping = True
+        self._statements(node.body * turns)
+        self.looping = turns == 1
 
     def visit_Assign(self, node: ast.Assign) -> None:
         self.visit(node.value)
@@ -200,7 +206,7 @@ class _Method(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
-        function, arguments = ast.unparse(node.func), node.args
+        function, arguments = _text(node.func), node.args
         activation = self.scope.names_activation(node.func)
         if isinstance(node.func, ast.Attribute) and node.func.attr in _MULTIPLIES:
             factors = arguments if function.startswith("torch.") else [node.func.value, *arguments]
@@ -216,7 +222,7 @@ class _Method(ast.NodeVisitor):
         if isinstance(node, ast.Call):
             return self._activated_by_call(node)
         if isinstance(node, ast.Name | ast.Attribute):
-            return self.holding.get(ast.unparse(node))
+            return self.holding.get(_text(node))
         if isinstance(node, ast.Subscript):
             return self.activated(node.value)
         parts = {
@@ -230,7 +236,7 @@ class _Method(ast.NodeVisitor):
         is_method = isinstance(node.func, ast.Attribute)
         if activation:
             arguments = node.args or ([node.func.value] if is_method else [])
-            return Activated(activation, ast.unparse(arguments[0]) if arguments else "")
+            return Activated(activation, _text(arguments[0]) if arguments else "")
         name = node.func.attr if is_method else getattr(node.func, "id", "")
         if not _HANDS_ON.fullmatch(name):
             return None
@@ -246,7 +252,7 @@ class _Method(ast.NodeVisitor):
             for one, its in zip(target.elts, values, strict=False):
                 self._assign(one, its)
             return
-        name = ast.unparse(target.value if isinstance(target, ast.Subscript) else target)
+        name = _text(target.value if isinstance(target, ast.Subscript) else target)
         held = self.activated(value)
         if held is not None:
             self.holding[name] = held
@@ -260,11 +266,11 @@ class _Method(ast.NodeVisitor):
         for one, other in ((left, right), (right, left)):
             held = self.activated(one)
             if held is not None and not _is_number(other):
-                self.products.append(self._product(node, held.activation, held.argument, ast.unparse(other)))
+                self.products.append(self._product(node, held.activation, held.argument, _text(other)))
                 return
 
     def _product(self, node: ast.expr, activation: str, argument: str, other: str) -> Product:
-        return Product(self.name, node.lineno, ast.unparse(node), activation, argument, other)
+        return Product(self.name, node.lineno, _text(node), activation, argument, other)
 
     def _is_two_tensors(self, function: str, arguments: list[ast.expr]) -> bool:
         is_own = function.startswith("self.") and len(arguments) == 2
@@ -272,8 +278,17 @@ class _Method(ast.NodeVisitor):
 
 
 def _texts(node: ast.Call) -> tuple[str, str]:
-    texts = [ast.unparse(argument) for argument in node.args] or [""]
+    texts = [_text(argument) for argument in node.args] or [""]
     return texts[0], texts[-1]
+
+
+def _text(node: ast.AST) -> str:
+    # Dotted names are most of what is asked for, and ast.unparse is slow.
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+        return f"{_text(node.value)}.{node.attr}"
+    return ast.unparse(node)
 
 
 def _is_number(node: ast.expr) -> bool:

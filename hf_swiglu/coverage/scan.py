@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from hf_swiglu.coverage.dataflow import Product, Scope, products_of
+from hf_swiglu.coverage.dataflow import Product, Scope, products_of, top_level
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def scan_sources(sources: dict[str, str]) -> dict[tuple[str, str], ScannedClass]
         tree = ast.parse(source)
         scope = Scope.of_module(tree)
         imported = _imported_classes(tree, module)
-        for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for cls in (node for node in top_level(tree) if isinstance(node, ast.ClassDef)):
             key = (module, cls.name)
             bases[key] = [imported.get(ast.unparse(base), (module, ast.unparse(base))) for base in cls.bases]
             methods[key] = {node.name for node in cls.body if isinstance(node, ast.FunctionDef)}
@@ -86,7 +86,7 @@ def _with_inherited(found, bases, methods) -> dict[tuple[str, str], ScannedClass
 def _imported_classes(tree: ast.Module, module: str) -> dict[str, tuple[str, str]]:
     """Local name -> (module, class), for the names that come from other modeling files."""
     imported = {}
-    for node in ast.walk(tree):
+    for node in top_level(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             package = module.split(".")[: -node.level]
             origin = ".".join([*package, *([node.module] if node.module else [])])

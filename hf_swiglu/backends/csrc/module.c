@@ -128,8 +128,14 @@ static PyObject *run(int direction, PyObject *const *args, Py_ssize_t count)
         return PyErr_Format(PyExc_ValueError, "dtype must be 0 to 2 and power 1 or 2; got %ld and %d", dtype,
                             job.gating.power);
 
+    const int has_up = job.operand[up].data != NULL;
+    if (!has_up) {
+        /* The loops take 1 for it, which nothing may change. */
+        job.gating.up_limit = INFINITY;
+        job.gating.up_offset = 0.0f;
+    }
     job.element_size = dtype == FLOAT32 ? 4 : 2;
-    int variant = choose_variant(&job.gating, args[LIMITS] != Py_None, job.operand[up].data != NULL);
+    int variant = choose_variant(&job.gating, args[LIMITS] != Py_None, has_up);
     job.run = chosen->run[direction][dtype][variant];
     Py_BEGIN_ALLOW_THREADS
     run_job(&job);

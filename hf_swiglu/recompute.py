@@ -1,0 +1,52 @@
+"""Two buffers for backward, not three: the down projection's saved input is recomputed from gate and up.
+
+The product saves gate and up. The projection after it would save the product as well; while it runs, autograd is told
+to pack that tensor as "ask the product's node". Any module can stand there: what else it saves is left alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hf_swiglu import functional
+
+
+def project(down: nn.Module, product: Tensor) -> Tensor:
+    """`down(product)`, where the graph keeps no `product` if it can compute it again."""
+    node = product.grad_fn
+    if torch.compiler.is_compiling() or not functional.can_recompute(node) or product.numel() == 0:
+        return down(product)
+    address, version = product.data_ptr(), product._version
+    # Only the innermost hooks apply; what is none of ours goes to the next ones, gradient checkpointing's for instance.
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+    def pack(tensor: Tensor):
+        # A version that moved means that the module wrote into the product before it saved it.
+        if tensor.data_ptr() == address and tensor.dtype == product_dtype and tensor._version == version:
+            return _Recomputed(node, tensor)
+        return tensor if outer is None else outer[0](tensor)
+
+    def unpack(packed):
+        if isinstance(packed, _Recomputed):
+            return packed.tensor()
+        return packed if outer is None else outer[1](packed)
+
+    product_dtype = product.dtype
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return down(product)
+
+
+class _Recomputed:
+    """A view of the product, as its node can compute it again.
+
+    Holding the node, not gate and up themselves, leaves them to whatever packed them: gradient checkpointing drops
+    them after forward, `save_on_cpu` moves them away.
+    """
+
+    def __init__(self, node, tensor: Tensor):
+        self._node, self._size, self._stride = node, tensor.size(), tensor.stride()
+
+    def tensor(self) -> Tensor:
+        with torch.no_grad():
+            return functional.recompute(self._node).as_strided(self._size, self._stride)

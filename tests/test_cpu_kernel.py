@@ -1,0 +1,271 @@
+"""The CPU kernel by itself: every dtype, direction, member of the family, instruction set and memory layout."""
+
+from __future__ import annotations
+
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_close_to_float64
+
+from hf_swiglu import reference
+from hf_swiglu.backends import unavailable
+from hf_swiglu.reference import SILU, SWIGLU, Gating
+
+if unavailable("cpu"):
+    pytest.skip(f"no CPU kernel: {unavailable('cpu')}", allow_module_level=True)
+
+from hf_swiglu.backends import _cpu_kernels, cpu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPT_OSS = Gating(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0)
+STEP = Gating(power=2, act_limit=3.0, up_limit=2.0)
+GATINGS = {"silu": SILU, "swiglu": SWIGLU, "gpt_oss": GPT_OSS, "step": STEP}
+
+
+@pytest.fixture(autouse=True, params=_cpu_kernels.supported_instruction_sets())
+def instruction_set(request):
+    before = _cpu_kernels.instruction_set()
+    _cpu_kernels.use_instruction_set(request.param)
+    yield request.param
+    _cpu_kernels.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def random(*shape, dtype=torch.float32, scale=4.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+def operands(*shape, dtype, has_up=True):
+    gate, grad = random(*shape, dtype=dtype, seed=1), random(*shape, dtype=dtype, scale=1.0, seed=3)
+    return gate, random(*shape, dtype=dtype, seed=2) if has_up else None, grad
+
+
+def scalars(gating):
+    return (gating.power,) if gating in (SILU, SWIGLU) else (gating.power, list(gating[1:]))
+
+
+def kernel(gate, up, grad, gating):
+    """Outputs start as NaN, so that what is not written cannot pass."""
+    def fresh():
+        return torch.full(gate.shape, math.nan, dtype=gate.dtype)
+
+    result = SimpleNamespace(out=fresh(), gate=fresh(), up=None if up is None else fresh())
+    cpu.product(gate, up, result.out, *scalars(gating))
+    cpu.product_backward(grad, gate, up, result.gate, result.up, *scalars(gating))
+    return result
+
+
+def plain(gate, up, grad, gating):
+    gate = gate.detach().clone().requires_grad_()
+    up = None if up is None else up.detach().clone().requires_grad_()
+    out = reference.product(gate, up, gating)
+    out.backward(grad)
+    return SimpleNamespace(out=out.detach(), gate=gate.grad, up=None if up is None else up.grad)
+
+
+def assert_right(result, gate, up, grad, gating):
+    eager = plain(gate, up, grad, gating)
+    exact = plain(gate.double(), None if up is None else up.double(), grad.double(), gating)
+    for name in ("out", "gate", "up"):
+        if getattr(exact, name) is not None:
+            assert_close_to_float64(getattr(result, name), getattr(eager, name), getattr(exact, name))
+
+
+def assert_same(result, expected):
+    for name in ("out", "gate", "up"):
+        if getattr(expected, name) is not None:
+            torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("has_up", [True, False])
+@pytest.mark.parametrize("gating", GATINGS.values(), ids=GATINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_gradients(dtype, gating, has_up):
+    inputs = operands(37, 211, dtype=dtype, has_up=has_up)
+    assert_right(kernel(*inputs, gating), *inputs, gating)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_in_place_of_swish_is_noticed(dtype):
+    gate, up, _ = operands(37, 211, dtype=dtype)
+    exact = reference.product(gate.double(), up.double())
+    with pytest.raises(AssertionError, match="against float64"):
+        assert_close_to_float64(F.gelu(gate) * up, F.silu(gate) * up, exact)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("power", (1, 2))
+def test_every_16_bit_number(dtype, power):
+    gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    ones = torch.ones_like(gate)
+    out = torch.empty_like(gate)
+    cpu.product(gate, ones, out, power)
+    swish = F.silu(gate.float())
+    expected = swish if power == 1 else gate.float() * swish
+    torch.testing.assert_close(out.isnan(), expected.isnan())
+    # One unit in the last place, where float32 arithmetic ends up on the other side of a tie; and sigmoids that
+    # are subnormal in float32 count as zero.
+    unit = torch.finfo(dtype).eps * torch.maximum(expected.abs(), torch.tensor(torch.finfo(dtype).smallest_normal))
+    lost = torch.finfo(torch.float32).smallest_normal * gate.float().abs().clamp(max=89) ** power
+    expected = expected.to(dtype).float()
+    wrong = ((out.float() - expected).abs() > unit + lost) & (out != expected)
+    assert not wrong.any(), (gate[wrong][:5], out[wrong][:5], expected[wrong][:5])
+
+
+@pytest.mark.parametrize("gating", (SILU, SWIGLU), ids=("silu", "swiglu"))
+def test_special_values(gating):
+    largest, tiny = torch.finfo(torch.float32).max, 1e-45
+    values = [0.0, -0.0, tiny, -tiny, 1.0, -1.0, -80.0, 80.0, -100.0, largest, -largest, math.inf, -math.inf, math.nan]
+    gate, up = (x.reshape(-1) for x in torch.meshgrid(*2 * [torch.tensor(values)], indexing="ij"))
+    grad = torch.ones_like(gate)
+    result, expected = kernel(gate, up, grad, gating), plain(gate, up, grad, gating)
+    # With three factors their order decides what overflows: near the largest float only silu is compared.
+    compared = (up.abs() < 1e30) & ((gate.abs() < 1e30) | ~gate.isfinite()) | (gating == SILU)
+    for name in ("out", "gate", "up"):
+        torch.testing.assert_close(
+            getattr(result, name)[compared], getattr(expected, name)[compared], rtol=1e-6, atol=1e-30, equal_nan=True
+        )
+    assert torch.equal(result.out.signbit()[gate == 0], expected.out.signbit()[gate == 0])
+
+
+def test_clamps_pass_their_gradient_on_the_limit_as_in_pytorch():
+    gate = torch.tensor([6.9, 7.0, 7.1, 3.0, 3.0, 3.0, 3.0, math.inf, math.nan])
+    up = torch.tensor([0.5, 0.5, 0.5, 7.0, -7.0, 7.1, -7.1, 0.5, 0.5])
+    inputs = gate, up, torch.ones_like(gate)
+    result, expected = kernel(*inputs, GPT_OSS), plain(*inputs, GPT_OSS)
+    for name in ("out", "gate", "up"):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name), equal_nan=True)
+    assert result.gate[2] == 0 and result.up[5] == 0 and result.up[6] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tail_writes_its_elements_and_no_others(dtype):
+    for count in range(41):
+        gate, up, grad = operands(count, dtype=dtype)
+        buffers = [torch.full((count + 64,), 123.0, dtype=dtype) for _ in range(3)]
+        out, grad_gate, grad_up = (buffer[32 : 32 + count] for buffer in buffers)
+        cpu.product(gate, up, out)
+        cpu.product_backward(grad, gate, up, grad_gate, grad_up)
+        for buffer in buffers:
+            assert (buffer[:32] == 123).all() and (buffer[32 + count :] == 123).all(), count
+        assert_right(SimpleNamespace(out=out, gate=grad_gate, up=grad_up), gate, up, grad, SILU)
+
+
+def packed(x, y):
+    return torch.cat((x, y), dim=-1).chunk(2, dim=-1)
+
+
+def interleaved(x, y):
+    both = torch.stack((x, y), dim=-1).flatten(-2)
+    return both[..., ::2], both[..., 1::2]
+
+
+def column_major(x, y):
+    return x.mT.contiguous().mT, y.mT.contiguous().mT
+
+
+def heads_swapped(x, y):
+    return tuple(z.transpose(0, 1).contiguous().transpose(0, 1) for z in (x, y))
+
+
+@pytest.mark.parametrize("layout", (packed, interleaved, column_major, heads_swapped))
+@pytest.mark.parametrize("gating", (SILU, GPT_OSS), ids=("silu", "gpt_oss"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_operands_are_read_and_written_where_they_lie(dtype, gating, layout):
+    gate, up, grad = operands(3, 5, 701, dtype=dtype)
+    expected = kernel(gate, up, grad, gating)
+    gate_view, up_view = layout(gate, up)
+    grad_gate, grad_up = layout(*2 * [torch.full_like(gate, math.nan)])
+    out, spare = layout(*2 * [torch.full_like(gate, 123.0)])
+    cpu.product(gate_view, up_view, out, *scalars(gating))
+    cpu.product_backward(grad, gate_view, up_view, grad_gate, grad_up, *scalars(gating))
+    assert_same(SimpleNamespace(out=out, gate=grad_gate, up=grad_up), expected)
+    assert (spare == 123).all()
+
+
+@pytest.mark.parametrize("shape", ((), (1,), (700,), (3, 5, 701)))
+def test_expanded_gradients(shape):
+    gate, up, _ = operands(*shape, dtype=torch.float32)
+    grad = torch.tensor(0.7).expand(shape)
+    assert_same(kernel(gate, up, grad, SILU), kernel(gate, up, grad.contiguous(), SILU))
+
+
+@pytest.mark.parametrize("layout", (lambda x, y: (x, y), packed, interleaved))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outputs_in_place_of_inputs(dtype, layout):
+    gate, up, grad = operands(9, 701, dtype=dtype)
+    expected = kernel(gate, up, grad, SILU)
+    into_gate = layout(gate.clone(), up.clone())
+    cpu.product(*into_gate, into_gate[0])
+    into_both = layout(gate.clone(), up.clone())
+    cpu.product_backward(grad, *into_both, *into_both)
+    assert_same(SimpleNamespace(out=into_gate[0], gate=into_both[0], up=into_both[1]), expected)
+
+
+@pytest.mark.parametrize("shape", ((100_003,), (401, 251)))
+def test_threads_share_the_work_and_change_nothing(shape, threads):
+    inputs = operands(*shape, dtype=torch.bfloat16)
+    layouts = [inputs, (*packed(*inputs[:2]), inputs[2]), (*interleaved(*inputs[:2]), inputs[2])]
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results += [kernel(*operands, SILU) for operands in layouts]
+    for result in results[1:]:
+        assert_same(result, results[0])
+    assert_right(results[0], *inputs, SILU)
+
+
+def test_torch_and_the_kernel_share_one_thread_pool():
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("the loaded libraries are read from /proc/self/maps, which this system does not have")
+    with open("/proc/self/maps") as maps:
+        pools = {os.path.realpath(line.split()[-1]) for line in maps if "libgomp" in line or "libiomp" in line}
+    assert len(pools) <= 1, pools
+
+
+def test_mismatched_tensors_are_refused():
+    gate = torch.ones(4, 8)
+    with pytest.raises(ValueError, match=r"product: .*one shape.*\(4, 8\).*\(4, 7\)"):
+        cpu.product(gate, torch.ones(4, 7), gate)
+    with pytest.raises(ValueError, match="float64"):
+        cpu.product(gate.double(), gate.double(), gate.double())
+    with pytest.raises(ValueError, match="bfloat16"):
+        cpu.product(gate, gate.bfloat16(), gate)
+    with pytest.raises(ValueError, match="give both of them or neither"):
+        cpu.product_backward(gate, gate, gate, gate, None)
+
+
+def test_only_known_instruction_sets_can_be_used(instruction_set):
+    with pytest.raises(ValueError, match="cannot run 'MMX'"):
+        _cpu_kernels.use_instruction_set("MMX")
+    assert cpu.instruction_set() == instruction_set
+
+
+def available_gib():
+    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 0.0
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def test_more_elements_than_32_bits_count(instruction_set):
+    if instruction_set != _cpu_kernels.supported_instruction_sets()[0]:
+        pytest.skip("addresses do not depend on the instruction set; tested with the fastest")
+    if available_gib() < 12:
+        pytest.skip(f"needs 12 GiB of free memory; {available_gib():.1f} GiB are free")
+    x = torch.full((2**31 + 77,), 2.0, dtype=torch.bfloat16)
+    x[-1] = 3.0
+    cpu.product(x, None, x, 2)
+    two, three = (reference.product(torch.tensor(v), None, SWIGLU).bfloat16() for v in (2.0, 3.0))
+    assert x[-1] == three and (x[: 2**16] == two).all() and (x[-(2**16) : -1] == two).all()
+    assert x[2**31 - 8 : 2**31 + 8].eq(two).all() and x[2**30] == two

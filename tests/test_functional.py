@@ -1,0 +1,235 @@
+"""`swiglu` and `swiglu_packed`: values and gradients in every dtype and layout, and what they refuse."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from forms import FORMS, every_form, operands
+from models import CountedOperators
+from tolerance import assert_function_close
+
+from hf_swiglu import backends, swiglu, swiglu_packed
+
+SMALLEST = backends.SMALLEST_KERNEL["cpu"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_kernel = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
+
+
+BOTH_CALLS = ["product", "product_backward"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan():
+    """So that an output which was not written to its end cannot pass."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def out_and_gradients(function, inputs, grad):
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, grad)
+
+
+def check(form, inputs, grad, function=None):
+    """Forward and backward against float64, by the tolerance rule; dtypes as eager's."""
+    ours, plain = FORMS[form]
+    assert_function_close(function or ours, plain, *inputs, grad=grad)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_form
+def test_large_tensors_run_the_kernel(form, dtype):
+    with CountedOperators() as operators:
+        check(form, operands(form, 19, 9, 101, dtype=dtype), torch.randn(19, 9, 101, dtype=dtype))
+    assert operators.names == BOTH_CALLS
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_form
+def test_small_tensors_run_pytorch(form, dtype):
+    with CountedOperators() as operators:
+        check(form, operands(form, 5, 3, 7, dtype=dtype), torch.randn(5, 3, 7, dtype=dtype))
+    assert operators.names == []
+
+
+@every_form
+def test_float64_runs_pytorch_and_equals_it(form):
+    ours, plain = FORMS[form]
+    inputs, grad = operands(form, 19, 9, 101, dtype=torch.float64), torch.randn(19, 9, 101, dtype=torch.float64)
+    with CountedOperators() as operators:
+        results = out_and_gradients(ours, inputs, grad)
+    assert operators.names == []
+    assert all(map(torch.equal, results, out_and_gradients(plain, inputs, grad)))
+
+
+@needs_kernel
+@every_form
+def test_the_smallest_kernel_is_the_documented_one(form):
+    for elements, expected in ((SMALLEST, []), (SMALLEST + 1, ["product"])):
+        with CountedOperators() as operators:
+            FORMS[form][0](*operands(form, elements))
+        assert operators.names == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_form
+def test_the_tolerance_tells_gelu_from_swish(form, dtype):
+    def geglu(gate, up=None):
+        if form == "packed":
+            gate, up = gate.chunk(2, dim=-1)
+        return F.gelu(gate) * (gate if up is None else up)
+
+    with pytest.raises(AssertionError):
+        check(form, operands(form, 40, 16, dtype=dtype), torch.randn(40, 16, dtype=dtype), function=geglu)
+
+
+# 136 x 128 elements and up: enough for the kernel.
+VIEWS = {
+    "contiguous": lambda dtype: torch.randn(136, 128, dtype=dtype),
+    "transposed": lambda dtype: torch.randn(128, 136, dtype=dtype).t(),
+    "left columns": lambda dtype: torch.randn(136, 200, dtype=dtype)[:, :128],
+    "every other column": lambda dtype: torch.randn(136, 256, dtype=dtype)[:, ::2],
+    "every other row": lambda dtype: torch.randn(272, 128, dtype=dtype)[::2],
+    "one element off": lambda dtype: torch.randn(136 * 128 + 1, dtype=dtype)[1:].view(136, 128),
+    "one row, repeated": lambda dtype: torch.randn(128, dtype=dtype).expand(136, 128),
+    "one column, repeated": lambda dtype: torch.randn(136, 1, dtype=dtype).expand(136, 128),
+    "one value, repeated": lambda dtype: torch.randn((), dtype=dtype).expand(136, 128),
+    "lazily negated": lambda dtype: torch._neg_view(torch.randn(136, 128, dtype=dtype)),
+}
+VIEWS_4D = {
+    "channels last": lambda dtype: torch.randn(2, 8, 33, 34, dtype=dtype).to(memory_format=torch.channels_last),
+    "transposed batch": lambda dtype: torch.randn(8, 2, 33, 34, dtype=dtype).transpose(0, 1),
+    "transposed heads": lambda dtype: torch.randn(2, 33, 8, 34, dtype=dtype).transpose(1, 2),
+    "reversed": lambda dtype: torch.randn(34, 33, 8, 2, dtype=dtype).permute(3, 2, 1, 0),
+}
+ALL_VIEWS = [pytest.param(view, id=name) for name, view in (VIEWS | VIEWS_4D).items()]
+
+
+@needs_kernel
+@pytest.mark.parametrize("view", ALL_VIEWS)
+@every_form
+def test_any_layout_of_the_inputs(form, view):
+    dtype = torch.bfloat16
+    inputs = [view(dtype) for _ in range(2 if form == "gated" else 1)]
+    shape = inputs[0].shape if form != "packed" else (*inputs[0].shape[:-1], inputs[0].shape[-1] // 2)
+    with CountedOperators() as operators:
+        check(form, inputs, torch.randn(shape, dtype=dtype))
+    assert operators.names == BOTH_CALLS
+
+
+@needs_kernel
+@pytest.mark.parametrize("view", ALL_VIEWS)
+@every_form
+def test_any_layout_of_the_gradient(form, view):
+    grad = view(torch.float32)
+    with CountedOperators() as operators:
+        check(form, operands(form, *grad.shape), grad)
+    assert operators.names == BOTH_CALLS
+
+
+@needs_kernel
+@every_form
+def test_the_gradient_of_a_sum(form):
+    """`.sum().backward()` hands back one number with all strides zero."""
+    inputs = [tensor.requires_grad_() for tensor in operands(form, 130, 128)]
+    FORMS[form][0](*inputs).sum().backward()
+    expected = out_and_gradients(FORMS[form][1], inputs, torch.ones(130, 128))[1:]
+    for tensor, gradient in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient)
+
+
+@needs_kernel
+@pytest.mark.parametrize("elements", [4, 4096], ids=["below", "above"])
+@pytest.mark.parametrize("form", ["self-gated", "gated"])
+def test_a_dense_layout_is_kept_as_eager_keeps_it(form, elements):
+    """Code that calls `.view` on the transposed-back result works at every size or at none."""
+    inputs = [torch.randn(elements, 8).t() for _ in range(2 if form == "gated" else 1)]
+    ours, plain = FORMS[form]
+    assert ours(*inputs).stride() == plain(*inputs).stride()
+
+
+@st.composite
+def strided(draw, shape):
+    """A bfloat16 tensor of `shape` with permuted, stepped and expanded dimensions, somewhere inside its memory."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = [draw(st.integers(0, 3)) for _ in shape]
+    start = draw(st.integers(0, 3))
+    sizes = [max(size * step, 1) for size, step in zip(shape, steps, strict=True)]
+    memory = torch.randn(math.prod(sizes) + start, dtype=torch.bfloat16)[start:]
+    base = memory.view([sizes[dim] for dim in order]).permute([order.index(dim) for dim in range(len(shape))])
+    view = base[tuple(slice(None, None, step or None) for step in steps)]
+    return view.expand(shape) if 0 not in shape else torch.randn(shape, dtype=torch.bfloat16)
+
+
+@st.composite
+def cases(draw):
+    torch.manual_seed(0)
+    form = draw(st.sampled_from(list(FORMS)))
+    shape = draw(st.lists(st.integers(0, 9), min_size=form == "packed", max_size=4).map(tuple))
+    wide = (*shape[:-1], 2 * shape[-1]) if form == "packed" else shape
+    return form, [draw(strided(wide)) for _ in range(2 if form == "gated" else 1)], draw(strided(shape))
+
+
+@needs_kernel
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_any_shape_and_strides(case):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backends.SMALLEST_KERNEL, "cpu", 0)
+        check(*case)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4), (2, 0, 6)], ids=str)
+@every_form
+def test_empty_tensors(form, shape):
+    check(form, operands(form, *shape), torch.empty(shape))
+
+
+def test_a_tensor_without_dimensions():
+    assert swiglu(torch.tensor(2.0)).item() == pytest.approx(3.523188)
+    assert swiglu(torch.tensor(2.0), torch.tensor(-1.0)).item() == pytest.approx(-1.761594)
+
+
+@pytest.mark.parametrize("rows", [3, 150], ids=["below", "above"])
+@pytest.mark.parametrize("up_dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("gate_dtype", [*DTYPES, torch.float64], ids=str)
+def test_mixed_dtypes_follow_promotion(gate_dtype, up_dtype, rows):
+    inputs = [torch.randn(rows, 128, dtype=gate_dtype), torch.randn(rows, 128, dtype=up_dtype)]
+    common = torch.promote_types(gate_dtype, up_dtype)
+    assert swiglu(*inputs).dtype == common
+    check("gated", inputs, torch.randn(rows, 128, dtype=common))
+
+
+X = torch.zeros(2, 6)
+REFUSED = {
+    "integer": (lambda: swiglu(X.long()), TypeError, "gate .*floating-point.*int64"),
+    "bool": (lambda: swiglu(X.bool()), TypeError, "gate .*floating-point.*bool"),
+    "complex": (lambda: swiglu(X.cfloat()), TypeError, "gate .*floating-point.*complex64"),
+    "complex up": (lambda: swiglu(X, X.cfloat()), TypeError, "up .*floating-point.*complex64"),
+    "integer up": (lambda: swiglu(X, X.int()), TypeError, "up .*floating-point.*int32"),
+    "integer packed": (lambda: swiglu_packed(X.int()), TypeError, "gate_up .*floating-point.*int32"),
+    "list": (lambda: swiglu([1.0]), TypeError, "gate must be a torch.Tensor; got list"),
+    "None": (lambda: swiglu(None), TypeError, "gate must be a torch.Tensor; got NoneType"),
+    "array": (lambda: swiglu(X.numpy()), TypeError, "gate must be a torch.Tensor; got ndarray"),
+    "number up": (lambda: swiglu(X, 2.0), TypeError, "up must be a torch.Tensor; got float"),
+    "array packed": (lambda: swiglu_packed(X.numpy()), TypeError, "gate_up must be a torch.Tensor; got ndarray"),
+    "shapes": (lambda: swiglu(X, X[:, :3]), ValueError, r"same shape.*\(2, 6\).*\(2, 3\)"),
+    "broadcast": (lambda: swiglu(X, X[:1]), ValueError, r"same shape.*\(2, 6\).*\(1, 6\)"),
+    "devices": (lambda: swiglu(X, X.to("meta")), ValueError, "same device.*cpu.*meta"),
+    "odd packed": (lambda: swiglu_packed(X[:, :5]), ValueError, r"even.*\(2, 5\)"),
+    "packed scalar": (lambda: swiglu_packed(torch.tensor(1.0)), ValueError, r"last dimension.*\(\)"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_refused_by_name(call, error, message):
+    with CountedOperators() as operators, pytest.raises(error, match=message):
+        call()
+    assert operators.names == []

@@ -1,0 +1,217 @@
+"""Fusing a loaded model: equal numbers, nothing changed that others can see, all of it or nothing, and undone."""
+
+import copy
+
+import pytest
+import torch
+from models import CountedOperators, GatedMLP, tiny_gemma, tiny_llama, tiny_phi3, tokens
+from tolerance import assert_close_to_float64
+from torch import nn
+
+from hf_swiglu import PatchReport, patch_model, patching, unpatch_model
+from hf_swiglu.fusion import FusedModule
+
+FAMILIES = pytest.mark.parametrize("build", [tiny_llama, tiny_phi3])
+
+
+def _first_mlp(model):
+    return model.model.layers[0].mlp
+
+
+def _logits_and_gradients(model):
+    model.zero_grad()
+    logits = model(tokens()).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens(5).flatten()).backward()
+    return {"logits": logits.detach()} | {name: value.grad for name, value in model.named_parameters()}
+
+
+@FAMILIES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_and_gradients_of_the_whole_model_in_the_tolerance_of_eager(build, dtype):
+    model = build().to(dtype)
+    exact = _logits_and_gradients(copy.deepcopy(model).double())
+    eager = _logits_and_gradients(model)
+    patch_model(model)
+    with CountedOperators() as operators:
+        fused = _logits_and_gradients(model)
+    assert operators.names == ["product"] * 2 + ["product_backward"] * 2
+    for name in exact:
+        assert_close_to_float64(fused[name], eager[name], exact[name])
+
+
+@FAMILIES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_without_gradients_in_the_tolerance_of_eager(build, dtype):
+    model = build().to(dtype)
+    with torch.no_grad():
+        exact, eager = copy.deepcopy(model).double()(tokens()).logits, model(tokens()).logits
+        patch_model(model)
+        with CountedOperators() as operators:
+            fused = model(tokens()).logits
+    assert operators.names == ["product"] * 2
+    assert_close_to_float64(fused, eager, exact)
+
+
+def test_the_tolerance_would_notice_gelu():
+    model = tiny_llama()
+    exact, eager = copy.deepcopy(model).double(), model(tokens()).logits
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.GELU()
+    with pytest.raises(AssertionError):
+        assert_close_to_float64(model(tokens()).logits, eager, exact(tokens()).logits)
+
+
+@FAMILIES
+def test_patching_twice_changes_nothing_and_says_so(build):
+    model = build()
+    patch_model(model)
+    classes = [type(module) for module in model.modules()]
+    report = patch_model(model)
+    assert len(report.already_fused) == len(report) == 2
+    assert "0 fused, 2 already fused" in str(report)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def _footprint(model):
+    """Classes, what the classes hold, and every module's own attributes."""
+    return [(type(module), list(vars(type(module))), list(vars(module))) for module in model.modules()]
+
+
+@FAMILIES
+def test_undo_leaves_nothing_behind(build):
+    model = build()
+    before = _footprint(model)
+    patch_model(model)
+    assert _footprint(model) != before
+    model(tokens())
+    assert unpatch_model(model) == 2
+    assert _footprint(model) == before
+    assert unpatch_model(model) == 0
+    with CountedOperators() as operators:
+        model(tokens())
+    assert operators.names == []
+
+
+def test_one_family_after_another_in_one_model():
+    model = nn.ModuleDict({"llama": tiny_llama(), "phi": tiny_phi3(), "gemma": tiny_gemma()})
+    report = patch_model(model)
+    assert {entry.class_name: entry.verdict for entry in report} == {
+        "LlamaMLP": "fused",
+        "Phi3MLP": "fused",
+        "GemmaMLP": "skipped",
+    }
+    assert unpatch_model(model) == 4
+
+
+@pytest.mark.parametrize("broken", ["fused_class", "compare", "set_class"])
+def test_an_error_half_way_leaves_the_model_as_it_was(monkeypatch, broken):
+    model = nn.ModuleList([tiny_llama(), tiny_phi3()])
+    before = _footprint(model)
+    owner = patching.verification if broken == "compare" else patching
+    original, calls = getattr(owner, broken), []
+
+    def failing(*args):
+        calls.append(args)
+        if broken == "compare" or len(calls) == 3:
+            raise KeyError("half-way")
+        return original(*args)
+
+    monkeypatch.setattr(owner, broken, failing)
+    with pytest.raises(KeyError, match="half-way"):
+        patch_model(model, verify=broken == "compare")
+    assert _footprint(model) == before
+
+
+@pytest.mark.parametrize(
+    "only, fused",
+    [
+        ("LlamaMLP", ["0", "1"]),
+        ("model.layers.0.*", ["0"]),
+        (["model.layers.1.mlp"], ["1"]),
+        (["*.0.mlp", "*.1.mlp"], ["0", "1"]),
+    ],
+)
+def test_only(only, fused):
+    model = tiny_llama()
+    report = patch_model(model, only=only)
+    assert [entry.name.split(".")[2] for entry in report] == fused
+    assert [isinstance(layer.mlp, FusedModule) for layer in model.model.layers] == ["0" in fused, "1" in fused]
+
+
+def test_only_that_matches_nothing_lists_the_classes():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"'LamaMLP'.*LlamaForCausalLM.*LlamaAttention, .*LlamaMLP"):
+        patch_model(model, only=["LlamaMLP", "LamaMLP"])
+    assert not isinstance(_first_mlp(model), FusedModule)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@FAMILIES
+def test_verify_passes_where_nothing_is_wrong(build, dtype):
+    assert len(patch_model(build().to(dtype), verify=True).fused) == 2
+
+
+class WithDropout(GatedMLP):
+    def forward(self, x):
+        return self.w2(nn.functional.dropout(self.act(self.w1(x)) * self.w3(x), 0.5, self.training))
+
+
+class WithScaledGate(GatedMLP):
+    def forward(self, x):
+        return self.w2(self.act(self.w1(x) * 0.5) * self.w3(x).float())
+
+
+@pytest.mark.parametrize("cls", [WithDropout, WithScaledGate])
+def test_verify_in_training_mode_leaves_mode_and_random_state_alone(cls):
+    model = nn.Sequential(cls()).train()
+    state = torch.get_rng_state()
+    assert len(patch_model(model, verify=True).fused) == 1
+    assert model[0].training and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_phi3])
+def test_verify_finds_a_wrong_fusion_and_restores(monkeypatch, build):
+    model = build()
+    before = _footprint(model)
+
+    def wrong(module, x):
+        return type(module).__mro__[2].forward(module, x) * 1.01
+
+    original = patching.fused_class
+
+    def broken(cls, found):
+        return type(cls.__name__, original(cls, found).__mro__[:2], {"forward": wrong})
+
+    monkeypatch.setattr(patching, "fused_class", broken)
+    with pytest.raises(RuntimeError, match=rf"verify=True.*{type(_first_mlp(model)).__name__}.*left as it was"):
+        patch_model(model, verify=True)
+    assert _footprint(model) == before
+
+
+def test_verify_needs_weights():
+    with torch.device("meta"):
+        model = tiny_llama()
+    with pytest.raises(ValueError, match="meta device"):
+        patch_model(model, verify=True)
+    assert not isinstance(_first_mlp(model), FusedModule)
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="patch_model: model must be a torch.nn.Module; got str"):
+        patch_model("meta-llama/Llama-3")
+    with pytest.raises(TypeError, match="unpatch_model: model must be a torch.nn.Module; got dict"):
+        unpatch_model({})
+    with pytest.raises(TypeError, match="stict"):
+        patch_model(tiny_llama(), stict=False)
+
+
+def test_the_report_is_for_people_and_for_programs():
+    model = nn.ModuleDict({"llama": tiny_llama(), "gemma": tiny_gemma()})
+    report = patch_model(model)
+    assert isinstance(report, PatchReport) and len(report) == 4
+    assert report[0] == next(iter(report)) == report.fused[0]
+    assert report[-1] in report.skipped and report[1:3] == tuple(report)[1:3]
+    text = str(report)
+    assert "2 fused, 0 already fused, 2 skipped" in text and "llama.model.layers.0.mlp ... " in text
+    assert "2 x GemmaMLP" in text and "GELU" in text
+    assert text in repr(report)

@@ -1,0 +1,194 @@
+"""What others see of a fused model: hooks, files, copies and pickles are what they were."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import CountedOperators, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from hf_swiglu import patch_model, unpatch_model
+from hf_swiglu.fusion import FusedModule
+
+
+@pytest.fixture
+def mlp():
+    """A fused MLP in a model of its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(GatedMLP()).eval()
+    patch_model(model)
+    return model[0]
+
+
+def _reuses_gate(mlp, grad=False):
+    """Whether the product was written over its first argument."""
+    with CountedOperators() as operators, torch.set_grad_enabled(grad):
+        mlp(hidden_states())
+    ((name, (gate, _, out, *_)),) = operators.calls
+    assert name == "product"
+    return out.data_ptr() == gate.data_ptr()
+
+
+def test_gates_memory_is_reused_without_gradients_and_kept_with_them(mlp):
+    assert _reuses_gate(mlp)
+    assert not _reuses_gate(mlp, grad=True)
+    mlp.requires_grad_(False)
+    assert _reuses_gate(mlp, grad=True)
+    with torch.inference_mode():
+        assert _reuses_gate(mlp)
+
+
+class KeptLinear(nn.Linear):
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return self.kept
+
+
+class GateUsedAgain(GatedMLP):
+    def forward(self, x):
+        gate = self.w1(x)
+        return self.w2(self.act(gate) * self.w3(x)) + gate[..., :1]
+
+
+def test_gates_memory_is_not_reused_when_somebody_else_may_hold_it(mlp):
+    kept = []
+    handle = mlp.w1.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
+    assert not _reuses_gate(mlp)
+    torch.testing.assert_close(*kept[0], rtol=0, atol=0)
+    handle.remove()
+    assert _reuses_gate(mlp)
+
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    assert not _reuses_gate(mlp)
+    handle.remove()
+
+    original = mlp.w1.forward
+    mlp.w1.forward = lambda x: original(x)
+    assert not _reuses_gate(mlp)
+    del mlp.w1.forward
+
+    mlp.w1.__class__ = KeptLinear
+    assert not _reuses_gate(mlp)
+
+    again = nn.Sequential(GateUsedAgain())
+    patch_model(again)
+    assert not _reuses_gate(again[0])
+
+
+def test_hooks_fire_as_before_and_see_the_same():
+    model = nn.Sequential(GatedMLP()).double()
+    seen = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, args, name=name: seen.append((name, "pre", args[0])))
+        module.register_forward_hook(lambda module, args, out, name=name: seen.append((name, "post", out)))
+        module.register_full_backward_hook(lambda module, grads, outs, name=name: seen.append((name, "back", outs[0])))
+    runs = []
+    for patch in (lambda model: None, patch_model):
+        patch(model)
+        seen.clear()
+        model(hidden_states(torch.float64).requires_grad_()).sum().backward()
+        runs.append(list(seen))
+    assert [entry[:2] for entry in runs[1]] == [entry[:2] for entry in runs[0]]
+    assert ("0.act", "post") in [entry[:2] for entry in runs[1]]
+    torch.testing.assert_close([entry[2] for entry in runs[1]], [entry[2] for entry in runs[0]])
+
+
+def test_a_global_hook_sees_the_same_modules(mlp):
+    names = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: names.append(type(module).__name__))
+    try:
+        mlp(hidden_states())
+    finally:
+        handle.remove()
+    assert names == ["Linear", "SiLU", "Linear", "Linear", "GatedMLP"]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_activation_replaced_after_patching_is_honoured(mlp, grad):
+    with torch.set_grad_enabled(grad):
+        for replacement in (nn.GELU(), ACT2FN["swiglu"], nn.SiLU()):
+            mlp.act = replacement
+            torch.testing.assert_close(mlp(hidden_states()), GatedMLP.forward(mlp, hidden_states()))
+        mlp.act.forward = torch.tanh
+        torch.testing.assert_close(mlp(hidden_states()), GatedMLP.forward(mlp, hidden_states()))
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_phi3])
+def test_names_parameters_and_types(build):
+    model = build()
+    original = type(model.model.layers[0].mlp)
+    keys, parameters = list(model.state_dict()), dict(model.named_parameters())
+    modules = [name for name, _ in model.named_modules()]
+    patch_model(model)
+    assert list(model.state_dict()) == keys
+    assert {name: id(value) for name, value in model.named_parameters()} == {k: id(v) for k, v in parameters.items()}
+    assert [name for name, _ in model.named_modules()] == modules
+    mlp = model.model.layers[0].mlp
+    assert isinstance(mlp, original) and type(mlp).__name__ == original.__name__
+    assert (type(mlp).__module__, type(mlp).__qualname__) == (original.__module__, original.__qualname__)
+    assert f"(mlp): Fused{original.__name__}(" in repr(model)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_phi3])
+def test_save_pretrained_writes_the_same_bytes(build, tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path / "before")
+    patch_model(model)
+    model.save_pretrained(tmp_path / "after")
+    files = sorted(path.name for path in (tmp_path / "before").iterdir())
+    assert "config.json" in files and "model.safetensors" in files
+    assert sorted(path.name for path in (tmp_path / "after").iterdir()) == files
+    for name in files:
+        assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes(), name
+
+
+def test_a_deep_copy_is_fused_and_independent():
+    model = tiny_llama()
+    patch_model(model)
+    twin = copy.deepcopy(model)
+    expected = model(tokens()).logits
+    with CountedOperators() as operators:
+        torch.testing.assert_close(twin(tokens()).logits, expected, rtol=0, atol=0)
+    assert operators.names == ["product"] * 2
+    unpatch_model(twin)
+    torch.nn.init.zeros_(twin.model.layers[0].mlp.down_proj.weight)
+    assert isinstance(model.model.layers[0].mlp, FusedModule)
+    torch.testing.assert_close(model(tokens()).logits, expected, rtol=0, atol=0)
+
+
+def test_a_shallow_copy_is_fused_and_shares_its_children(mlp):
+    twin = copy.copy(mlp)
+    assert type(twin) is type(mlp) and twin.w1 is mlp.w1 and list(vars(twin)) == list(vars(mlp))
+    torch.testing.assert_close(twin(hidden_states()), mlp(hidden_states()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_carries_the_original_class(protocol):
+    model = tiny_llama()
+    patch_model(model)
+    data = pickle.dumps(model, protocol)
+    assert b"hf_swiglu" not in data
+    loaded = pickle.loads(data)
+    assert type(loaded.model.layers[0].mlp) is LlamaMLP and isinstance(model.model.layers[0].mlp, FusedModule)
+    torch.testing.assert_close(loaded.double()(tokens()).logits, model.double()(tokens()).logits)
+
+
+def test_torch_save_loads_where_hf_swiglu_was_never_imported(tmp_path):
+    model = tiny_llama().double()
+    patch_model(model)
+    with torch.no_grad():
+        torch.save({"model": model, "ids": tokens(), "logits": model(tokens()).logits}, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)["model"]
+    assert type(loaded.model.layers[0].mlp) is LlamaMLP and len(patch_model(loaded).fused) == 2
+    script = (
+        "import sys, torch\n"
+        "sys.modules['hf_swiglu'] = None\n"
+        "saved = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.testing.assert_close(saved['model'](saved['ids']).logits, saved['logits'])\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt")], check=True)
