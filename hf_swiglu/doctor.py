@@ -36,7 +36,7 @@ def diagnose() -> Diagnosis:
     backends = available_backends()
     serving = {
         (device, _name(dtype)): serving_backend(device, dtype, backends).name
-        for device in ("cpu", "cuda", "xpu", "mps")
+        for device in ("cpu", *_accelerators(), "other")
         for dtype in (*KERNEL_DTYPES, torch.float64)
     }
     return Diagnosis(_versions(), _machine(), backends, serving)
@@ -48,7 +48,7 @@ def environment(device: torch.device) -> str:
     Example:
         >>> import torch
         >>> from hf_swiglu.doctor import environment
-        >>> environment(torch.device("meta"))
+        >>> environment(torch.device("meta"))  # doctest: +ELLIPSIS
         'hf_swiglu ..., meta: the plain formula, for everything else'
     """
     kernel = serving_backend(device.type, torch.float32, available_backends())
@@ -65,7 +65,7 @@ def serving_backend(device: str, dtype: torch.dtype, backends: tuple[Backend, ..
     return backends[-1]
 
 
-def why_not(backend: Backend) -> str:
+def describe(backend: Backend) -> str:
     """What a backend runs, or why it does not; small tensors included."""
     if not backend.available:
         return f"not used: {backend.detail}"
@@ -85,13 +85,16 @@ def _versions() -> dict[str, str]:
 
 
 def _machine() -> dict[str, str]:
-    devices = [name for name in ("cuda", "xpu", "mps") if getattr(torch, name).is_available()]
     return {
         "platform": platform.platform(),
         "processor": f"{platform.machine()}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}",
         "threads": str(torch.get_num_threads()),
-        "accelerators": ", ".join(devices) or "none",
+        "accelerators": ", ".join(_accelerators()) or "none",
     }
+
+
+def _accelerators() -> list[str]:
+    return [name for name in ("cuda", "xpu") if getattr(torch, name).is_available()]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,6 +8,8 @@ is fused; a pending activation that meets anything else becomes what it stands f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -54,12 +56,12 @@ def eager_members(original: type[nn.Module], found: GatedProduct) -> dict[str, o
     """What a fused experts class needs besides `_apply_gate`: the pending activation for its eager loop."""
     child = found.activated.child
     eager = getattr(original.forward, "__wrapped__", original.forward)
-    if found.method == "forward" or child is None or "_apply_gate" in eager.__code__.co_names:
+    if found.method == "forward" or child is None or found.gating is None or "_apply_gate" in eager.__code__.co_names:
         return {}
     gating = found.gating
 
     def activation(self: nn.Module):
-        module = self._modules[child]
+        module: Any = self._modules[child]
         if torch.compiler.is_compiling() or is_needed(module, gating.power):
             return module
         return lambda gate: PendingActivation(gate, module, gating)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def gated_product(gate: Tensor, up: Tensor | None, gating: Gating = SILU) -> Ten
 
 
 # Where gate and up lie in a packed tensor [..., 2 * I]; all are views.
-LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+LAYOUTS: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
     "gate_up": lambda packed: packed.chunk(2, dim=-1),
     "up_gate": lambda packed: packed.chunk(2, dim=-1)[::-1],
     "interleaved": lambda packed: (packed[..., ::2], packed[..., 1::2]),
@@ -108,10 +108,11 @@ LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 
 
 def packed_product(gate_up: Tensor, gating: Gating = SILU, layout: str = "gate_up") -> Tensor:
-    """`gated_product` of a packed tensor, [..., 2 * I] -> [..., I]; one buffer is kept for backward, and one written."""
+    """`gated_product` of a packed tensor [..., 2 * I]; one buffer is kept for backward, and one is written."""
     if gate_up.requires_grad and torch.is_grad_enabled() and _kernel_serves(gate_up, None):
         return _PackedProduct.apply(gate_up, gating, layout)
-    return gated_product(*LAYOUTS[layout](gate_up), gating)
+    gate, up = LAYOUTS[layout](gate_up)
+    return gated_product(gate, up, gating)
 
 
 def product_into_gate(gate: Tensor, up: Tensor, gating: Gating = SILU) -> Tensor:
@@ -183,7 +184,8 @@ class _PackedProduct(torch.autograd.Function):
     def forward(ctx, gate_up, gating, layout):
         ctx.save_for_backward(gate_up)
         ctx.gating, ctx.parts = gating, LAYOUTS[layout]
-        return _forward(*ctx.parts(gate_up), gating)
+        gate, up = ctx.parts(gate_up)
+        return _forward(gate, up, gating)
 
     @staticmethod
     def backward(ctx, grad):
@@ -204,7 +206,8 @@ def can_recompute(node: object) -> bool:
 
 def recompute(node) -> Tensor:
     """The product that `node` stands for, from the tensors that it saved."""
-    return _forward(*node.parts(*_unpack(node)), node.gating)
+    gate, up = node.parts(*_unpack(node))
+    return _forward(gate, up, node.gating)
 
 
 def _unpack(node) -> tuple[Tensor, ...]:
@@ -238,7 +241,7 @@ def _check_floating(function: str, name: str, value: object) -> None:
         )
 
 
-def _check_up(gate: Tensor, up: object) -> None:
+def _check_up(gate: Tensor, up: Tensor) -> None:
     _check_floating("swiglu", "up", up)
     if gate.shape != up.shape:
         raise ValueError(

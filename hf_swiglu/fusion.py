@@ -24,7 +24,7 @@ from hf_swiglu.recompute import project
 from hf_swiglu.reference import Gating
 
 
-class FusedModule:
+class FusedModule(nn.Module):
     """Mixed into every fused class: copies stay fused, pickles carry the original class.
 
     A pickle therefore loads on a machine without hf_swiglu, unfused; `patch_model` fuses it again.
@@ -82,7 +82,8 @@ def fused_class(
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
         }
-        _fused_classes[key] = type(original)(original.__name__, (FusedModule, original), defined)
+        metaclass = type(original)
+        _fused_classes[key] = metaclass(original.__name__, (FusedModule, original), defined)  # type: ignore[misc]
     return _fused_classes[key]
 
 
@@ -171,7 +172,8 @@ def packed_function(gating: Gating, layout: str) -> Callable:
 
     def packed_product(gate_up: Tensor, activation: nn.Module | None) -> Tensor:
         if activation is not None and is_needed(activation, gating.power):
-            return reference.product(*functional.LAYOUTS[layout](gate_up), gating, activation)
+            gate, up = functional.LAYOUTS[layout](gate_up)
+            return reference.product(gate, up, gating, activation)
         return functional.packed_product(gate_up, gating, layout)
 
     return packed_product

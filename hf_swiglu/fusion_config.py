@@ -51,4 +51,5 @@ def _self_fusing(original: type[nn.Module]) -> type[nn.Module]:
             self.__class__ = fused(original, found)
 
     members = {"__init__": __init__, "__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original)(original.__name__, (original,), members)
+    metaclass = type(original)
+    return metaclass(original.__name__, (original,), members)  # type: ignore[misc]

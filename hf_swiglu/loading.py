@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import transformers
 from torch import nn
@@ -23,7 +24,7 @@ _OPTIONS = {"activation": None, "recompute": True, "strict": True, "verify": Fal
 class _Session:
     """One `with patch_on_load(...)`: its options, the models under construction, and what was patched."""
 
-    def __init__(self, options: dict[str, object]):
+    def __init__(self, options: dict[str, Any]):
         self.options = options
         self.unfinished: list[weakref.ref[nn.Module]] = []
         self.models: list[weakref.ref[nn.Module]] = []
@@ -158,7 +159,8 @@ def _install() -> None:
         if (session := _session.get()) is not None:
             session.end(self)
 
-    base.__init__, base.post_init = watched_init, watched_post_init
+    base.__init__ = watched_init  # type: ignore[method-assign]
+    base.post_init = watched_post_init  # type: ignore[method-assign]
 
 
 def _uninstall() -> None:

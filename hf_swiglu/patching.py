@@ -71,7 +71,11 @@ def patch_model(
         if strict and not report.fused and not report.already_fused:
             raise ValueError(_nothing_fused(model, report))
         names = {entry.name for entry in report.fused}
-        plan = [(module, fused(type(module), found, recompute), found) for name, module, found in surveyed if name in names]
+        plan = [
+            (module, fused(type(module), found, recompute), found)
+            for name, module, found in surveyed
+            if name in names and isinstance(found, GatedProduct)
+        ]
         if verify:
             verification.compare(plan, set_class)
         # Nothing can fail half-way from here: every class exists, and assigning one allocates nothing.

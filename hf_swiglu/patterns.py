@@ -92,11 +92,16 @@ def _match_activation(node: object, module: nn.Module) -> Activated | None:
     if not isinstance(node, fx.Node):
         return None
     for gate, alpha in _match_swish(node, module):
-        return _limited_gate(gate, "silu" if alpha == 1 else f"x * sigmoid({alpha} x)", Gating(alpha=alpha), None, module)
-    if not node.args or not isinstance(node.args[0], fx.Node):
+        name = "silu" if alpha == 1 else f"x * sigmoid({alpha} x)"
+        return _limited_gate(gate, name, Gating(alpha=alpha), None, module)
+    if len(node.args) != 1 or not isinstance(node.args[0], fx.Node) or node.kwargs.get("inplace"):
         return None
     if node.op == "call_module":
-        kind = type(module.get_submodule(node.target))
+        child = module.get_submodule(node.target)
+        kind = type(child)
+        # Who else looks at gate would miss that an activation in place has changed it.
+        if getattr(child, "inplace", False) and len(node.args[0].users) > 1:
+            return None
         if kind in ACTIVATION_MODULES or kind.__module__ == nn.SiLU.__module__:
             return _limited_gate(node.args[0], kind.__name__, GATINGS.get(kind), node.target, module)
     elif node.op == "call_function" and (node.target in GATINGS or node.target in OTHER_FUNCTIONS):

@@ -8,9 +8,7 @@ understood are accepted: a trace bakes Python values in.
 from __future__ import annotations
 
 import copy
-import dis
 import operator
-import types
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +24,7 @@ from hf_swiglu.patterns import (
     calls,
     match_product,
 )
+from hf_swiglu.purity import why_a_trace_would_lie
 from hf_swiglu.reference import Gating
 
 # Pure functions of their arguments, kept in the fused forward exactly as they were traced.
@@ -37,9 +36,6 @@ _KEPT = {
     "sigmoid", "to", "float", "type_as", "type", "matmul", "bmm", "t",
 }  # fmt: skip
 _PROJECTIONS = {F.linear, torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"}
-
-# What a trace does not see happen: it runs once, and the graph forgets it.
-_UNTRACED_OPERATIONS = {"STORE_ATTR", "STORE_GLOBAL", "DELETE_ATTR", "BEFORE_WITH", "LOAD_SPECIAL", "YIELD_VALUE"}
 
 
 @dataclass(frozen=True)
@@ -122,11 +118,9 @@ def trace(module: nn.Module, method: str = "forward") -> fx.Graph:
     Raises:
         NotFusable: the method cannot be traced, or does what a trace does not record.
     """
-    function = getattr(type(module), method)
-    if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
-        raise NotFusable(f"its {method} is decorated or not a plain function")
-    if {instruction.opname for instruction in dis.get_instructions(function)} & _UNTRACED_OPERATIONS:
-        raise NotFusable(f"its {method} assigns attributes, enters a context or yields, which a trace does not record")
+    reason = why_a_trace_would_lie(type(module), method)
+    if reason is not None:
+        raise NotFusable(f"its {reason}")
     try:
         graph = _Tracer(method).trace(copy.copy(module))
     except Exception as error:
@@ -136,6 +130,8 @@ def trace(module: nn.Module, method: str = "forward") -> fx.Graph:
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+        elif node.op == "get_attr" and not hasattr(module, node.target):
+            raise NotFusable(f"its {method} makes a tensor of its own, which a trace would make only once")
     return graph
 
 

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-FUSED, ALREADY_FUSED, SKIPPED = "fused", "already fused", "skipped"
+Verdict = Literal["fused", "already fused", "skipped"]
+FUSED: Verdict = "fused"
+ALREADY_FUSED: Verdict = "already fused"
+SKIPPED: Verdict = "skipped"
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Entry:
 
     name: str
     class_name: str
-    verdict: Literal["fused", "already fused", "skipped"]
+    verdict: Verdict
     kind: str = ""
     activation: str = ""
     reason: str = ""
@@ -68,4 +71,4 @@ class PatchReport(Sequence[Entry]):
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"<PatchReport: {str(self)}>"
+        return f"<PatchReport: {self!s}>"

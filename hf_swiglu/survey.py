@@ -17,7 +17,7 @@ Found = GatedProduct | NotFusable
 def survey(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, Found]]:
     """Every module that has a gated product, or looks as if it had one, with what was found."""
     known: dict[tuple, Found | None] = {}
-    result = []
+    result: list[tuple[str, nn.Module, Found]] = []
     for name, module in modules:
         if isinstance(module, FusedModule):
             result.append((name, module, type(module).found))

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 import transformers
+from torch import nn
 from transformers.activations import ACT2CLS, ACT2FN
 
 from hf_swiglu.fusion import FusedModule
@@ -20,7 +20,7 @@ from hf_swiglu.survey import Found
 # By the power of the gate in the product: `reference.Gating`.
 _WANTED = {"silu": 1, "swiglu": 2}
 
-# Where a swapped module keeps what it had. In `__dict__`, past nn.Module's own bookkeeping, so that deepcopy takes it along.
+# Where a swapped module keeps what it had: in `__dict__`, past nn.Module's own bookkeeping, and taken along by deepcopy.
 _RECORD = "_hf_swiglu_swap"
 
 
@@ -48,8 +48,7 @@ def swapped(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], acti
         for name, module, found in surveyed:
             if isinstance(found, NotFusable) or (found.gating and found.gating.power == _WANTED[activation]):
                 continue
-            _check_swappable(name, module, found)
-            _swap(model, name, module, found.activated.child, activation)
+            _swap(model, name, module, _swappable_child(name, module, found), activation)
             done.append(module)
         if done:
             _check_reload(model)
@@ -60,7 +59,7 @@ def swapped(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], acti
         raise
 
 
-def _check_swappable(name: str, module: nn.Module, found: GatedProduct) -> None:
+def _swappable_child(name: str, module: nn.Module, found: GatedProduct) -> str:
     if isinstance(module, FusedModule):
         raise ValueError(
             f"patch_model: {name} is already fused with {found.activated.name}; call unpatch_model before swapping"
@@ -70,6 +69,7 @@ def _check_swappable(name: str, module: nn.Module, found: GatedProduct) -> None:
             f"patch_model: {name} ({type(module).__name__}) calls {found.activated.name} in its forward instead of "
             "reading an activation from its config, so it cannot be swapped. Leave it out with only="
         )
+    return found.activated.child
 
 
 def restore(model: nn.Module) -> int:
@@ -140,8 +140,8 @@ def _check_reload(model: nn.Module) -> None:
             present = owner.get_submodule(name)
             if not _computes_alike(type(present), type(rebuilt)):
                 raise ValueError(
-                    f"patch_model: the config of {type(owner).__name__} cannot express this swap: after saving and "
-                    f"reloading, {name} would be {type(rebuilt).__name__} where the model has {type(present).__name__}. "
+                    f"patch_model: the config of {type(owner).__name__} cannot express this swap: saved and reloaded, "
+                    f"its {name} would be {type(rebuilt).__name__} where the model has {type(present).__name__}. "
                     "Swap all of its MLPs, or none"
                 )
 

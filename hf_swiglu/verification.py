@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -56,7 +58,7 @@ def _compare_classes(module, original, fused, found, set_class) -> None:
 
 def _probe(module: nn.Module, found: GatedProduct) -> Tensor:
     first = found.packed[0] if found.packed is not None else found.gate
-    projection = module.get_submodule(first.target)
+    projection: Any = module.get_submodule(str(first.target))
     weight = next(projection.parameters())
     if weight.is_meta and "_old_forward" not in vars(projection):
         raise ValueError("patch_model: verify=True runs the model's MLPs, but its weights are on the meta device")

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from forms import FORMS, every_form, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from forms import FORMS, every_form, operands
 from models import CountedOperators
 from tolerance import assert_function_close
 

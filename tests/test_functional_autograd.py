@@ -4,8 +4,8 @@ import pytest
 import torch
 from forms import COLUMNS, FORMS, ROWS, every_form, gated, leaves, operands, random, self_gated
 from models import CountedOperators
-from torch.utils.checkpoint import checkpoint
 from tolerance import assert_close_to_float64
+from torch.utils.checkpoint import checkpoint
 
 from hf_swiglu import backends, swiglu
 
@@ -80,18 +80,17 @@ def test_second_derivatives_behind_the_kernel(form, dtype):
 
 @pytest.mark.parametrize("wanted", ["neither", "gate", "up", "both"])
 def test_only_some_inputs_need_a_gradient(wanted):
-    inputs = leaves("gated")
-    inputs[0].requires_grad_(wanted in ("gate", "both"))
-    inputs[1].requires_grad_(wanted in ("up", "both"))
-    leaves = [tensor for tensor in inputs if tensor.requires_grad]
-    out, expected = swiglu(*inputs), gated(*inputs)
+    gate, up = operands("gated")
+    gate.requires_grad_(wanted in ("gate", "both"))
+    up.requires_grad_(wanted in ("up", "both"))
+    trained = [tensor for tensor in (gate, up) if tensor.requires_grad]
+    out, expected = swiglu(gate, up), gated(gate, up)
     torch.testing.assert_close(out, expected)
-    assert out.requires_grad == bool(leaves)
-    if leaves:
+    assert out.requires_grad == bool(trained)
+    if trained:
         grad = random(ROWS, COLUMNS, seed=2)
-        results, truths = (torch.autograd.grad(result, leaves, grad) for result in (out, expected))
-        for result, truth in zip(results, truths, strict=True):
-            torch.testing.assert_close(result, truth)
+        results, truths = (torch.autograd.grad(product, trained, grad) for product in (out, expected))
+        torch.testing.assert_close(results, truths)
 
 
 @every_form

@@ -6,9 +6,9 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from forms import COLUMNS, FORMS, ROWS, every_form, gated, leaves, operands, random, self_gated
 from models import CountedOperators
+from tolerance import assert_function_close
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from tolerance import assert_function_close
 
 from hf_swiglu import SwiGLU, backends, swiglu
 

@@ -34,7 +34,8 @@ def test_forward_and_gradients_of_the_whole_model_in_the_tolerance_of_eager(buil
     patch_model(model)
     with CountedOperators() as operators:
         fused = _logits_and_gradients(model)
-    assert operators.names == ["product"] * 2 + ["product_backward"] * 2
+    # `recompute` may run the product again on the way back.
+    assert operators.names[:2] == ["product"] * 2 and operators.names.count("product_backward") == 2
     for name in exact:
         assert_close_to_float64(fused[name], eager[name], exact[name])
 
@@ -103,20 +104,21 @@ def test_one_family_after_another_in_one_model():
     assert unpatch_model(model) == 4
 
 
-@pytest.mark.parametrize("broken", ["fused_class", "compare", "set_class"])
+@pytest.mark.parametrize("broken", ["fused", "compare"])
 def test_an_error_half_way_leaves_the_model_as_it_was(monkeypatch, broken):
     model = nn.ModuleList([tiny_llama(), tiny_phi3()])
     before = _footprint(model)
-    owner = patching.verification if broken == "compare" else patching
-    original, calls = getattr(owner, broken), []
+    owner, name = (patching, "fused") if broken == "fused" else (patching.verification, "_compare_classes")
+    original, classes = getattr(owner, name), []
 
-    def failing(*args):
-        calls.append(args)
-        if broken == "compare" or len(calls) == 3:
+    def failing_at_the_second_class(*args):
+        cls = args[0] if isinstance(args[0], type) else type(args[0])
+        if classes and cls is not classes[0]:
             raise KeyError("half-way")
+        classes.append(cls)
         return original(*args)
 
-    monkeypatch.setattr(owner, broken, failing)
+    monkeypatch.setattr(owner, name, failing_at_the_second_class)
     with pytest.raises(KeyError, match="half-way"):
         patch_model(model, verify=broken == "compare")
     assert _footprint(model) == before
@@ -174,16 +176,17 @@ def test_verify_finds_a_wrong_fusion_and_restores(monkeypatch, build):
     model = build()
     before = _footprint(model)
 
+    original = patching.fused
+
     def wrong(module, x):
-        return type(module).__mro__[2].forward(module, x) * 1.01
+        return type(module).__mro__[1].forward(module, x) * 1.01
 
-    original = patching.fused_class
+    def broken(cls, *args):
+        right = original(cls, *args)
+        return type(cls.__name__, (right,), {"forward": wrong})
 
-    def broken(cls, found):
-        return type(cls.__name__, original(cls, found).__mro__[:2], {"forward": wrong})
-
-    monkeypatch.setattr(patching, "fused_class", broken)
-    with pytest.raises(RuntimeError, match=rf"verify=True.*{type(_first_mlp(model)).__name__}.*left as it was"):
+    monkeypatch.setattr(patching, "fused", broken)
+    with pytest.raises(RuntimeError, match=f"verify=True.*{type(_first_mlp(model)).__name__}"):
         patch_model(model, verify=True)
     assert _footprint(model) == before
 
@@ -197,9 +200,9 @@ def test_verify_needs_weights():
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match="patch_model: model must be a torch.nn.Module; got str"):
+    with pytest.raises(TypeError, match=r"patch_model: model must be a torch.nn.Module; got str"):
         patch_model("meta-llama/Llama-3")
-    with pytest.raises(TypeError, match="unpatch_model: model must be a torch.nn.Module; got dict"):
+    with pytest.raises(TypeError, match=r"unpatch_model: model must be a torch.nn.Module; got dict"):
         unpatch_model({})
     with pytest.raises(TypeError, match="stict"):
         patch_model(tiny_llama(), stict=False)

@@ -104,9 +104,9 @@ def test_import_loads_no_kernel(imported):
 
 
 def test_import_is_light(imported):
-    """Nothing heavier than the package itself: transformers.modeling_utils alone takes 0.8 s."""
-    roots = {module.partition(".")[0] for module in imported}
-    assert roots - set(sys.stdlib_module_names) == {"hf_swiglu"}
+    """No more of the host library than the place where a fusion is announced: its modeling_utils alone takes 0.8 s."""
+    known = {"hf_swiglu", *sys.stdlib_module_names}
+    assert {module for module in imported if module.partition(".")[0] not in known} <= {"transformers.fusion_mapping"}
 
 
 FOREIGN = """

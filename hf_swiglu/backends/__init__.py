@@ -38,7 +38,7 @@ def available_backends() -> tuple[Backend, ...]:
     cpu_reason = unavailable("cpu")
     cpu_detail = cpu_reason or f"C kernel, {_cpu().instruction_set()}, {torch.get_num_threads()} threads"
     triton_devices = tuple(device for device in ("cuda", "xpu") if unavailable(device) is None)
-    triton_detail = f"Triton {_triton_version()}" if triton_devices else unavailable("cuda")
+    triton_detail = f"Triton {_triton_version()}" if triton_devices else str(unavailable("cuda"))
     return (
         Backend("cpu", ("cpu",), KERNEL_DTYPES, cpu_reason is None, cpu_detail),
         Backend("triton", triton_devices or ("cuda", "xpu"), KERNEL_DTYPES, bool(triton_devices), triton_detail),

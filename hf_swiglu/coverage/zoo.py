@@ -1,0 +1,205 @@
+"""Every model type of the installed transformers, built small on the meta device, for the classes that are in it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, initialization
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from hf_swiglu.coverage.configs import small_config
+from hf_swiglu.coverage.scan import modeling_files
+
+
+@dataclass
+class Specimen:
+    """The first instance of a class that some model was built with, and what its constructor was given."""
+
+    module: nn.Module
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+
+
+@dataclass
+class Zoo:
+    """What building every model type brought up."""
+
+    specimens: dict[type[nn.Module], Specimen] = field(default_factory=dict)
+    # Model types (or classes) that could not be built, with the reason.
+    failures: dict[str, str] = field(default_factory=dict)
+    built: list[str] = field(default_factory=list)
+
+    def keep(self, model: nn.Module) -> None:
+        for module in model.modules():
+            arguments = vars(module).pop(_ARGUMENTS, ((), {}))
+            self.specimens.setdefault(type(module), Specimen(module, *arguments))
+
+
+_ARGUMENTS = "_census_arguments"
+
+
+def import_modeling_files() -> dict[str, str]:
+    """Imports every modeling file; module -> reason for those that cannot be imported here."""
+    failures = {}
+    for module in modeling_files():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            failures[module] = str(error).splitlines()[0]
+    return failures
+
+
+def build_zoo(wanted: Iterable[type[nn.Module]]) -> Zoo:
+    """Builds each model type once, and other heads of a module while classes of it are `wanted` and missing."""
+    zoo = Zoo()
+    wanted = set(wanted)
+    with _recorded(wanted):
+        for model_type in CONFIG_MAPPING_NAMES:
+            _try(zoo, model_type, functools.partial(_build_type, zoo, model_type))
+        for cls in _other_models(wanted, zoo):
+            _try(zoo, cls.__qualname__, functools.partial(_build, zoo, cls))
+        for cls in sorted(wanted - zoo.specimens.keys(), key=lambda cls: (cls.__module__, cls.__name__)):
+            _try(zoo, cls.__qualname__, functools.partial(_build_alone, zoo, cls))
+    return zoo
+
+
+
+@contextlib.contextmanager
+def _recorded(classes: set[type[nn.Module]]) -> Iterator[None]:
+    """Has every instance of these classes remember what its constructor was given."""
+    originals = {cls: vars(cls).get("__init__") for cls in classes}
+    for cls in classes:
+        cls.__init__ = _recording(cls, cls.__init__)
+    try:
+        yield
+    finally:
+        for cls, original in originals.items():
+            if original is None:
+                del cls.__init__
+            else:
+                cls.__init__ = original
+
+
+def _recording(cls: type[nn.Module], original):
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if type(self) is cls:
+            vars(self)[_ARGUMENTS] = (args, kwargs)
+
+    return __init__
+
+
+def _try(zoo: Zoo, name: str, build) -> None:
+    try:
+        build()
+    except Exception as error:
+        # One model that cannot be built here must not end the census; the page lists it.
+        zoo.failures[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    else:
+        zoo.built.append(name)
+
+
+def _build_type(zoo: Zoo, model_type: str) -> None:
+    config_class = type(AutoConfig.for_model(model_type))
+    names = modeling_auto.MODEL_MAPPING_NAMES.get(model_type)
+    mapped = [names] if isinstance(names, str) else list(names or ())
+    models = _models_by_config().get(config_class, [])
+    chosen = [cls for cls in models if cls.__name__ in mapped] or models[:1]
+    if not chosen:
+        raise LookupError(f"transformers has no model class for {config_class.__name__}")
+    for cls in chosen:
+        _build(zoo, cls)
+
+
+@functools.cache
+def _models_by_config() -> dict[type, list[type[PreTrainedModel]]]:
+    models: dict[type, list[type[PreTrainedModel]]] = {}
+    for module in filter(None, map(sys.modules.get, modeling_files())):
+        for cls in vars(module).values():
+            if _is_model(cls, module):
+                models.setdefault(cls.config_class, []).append(cls)
+    return models
+
+
+def _is_model(cls: object, module) -> bool:
+    return (
+        inspect.isclass(cls)
+        and issubclass(cls, PreTrainedModel)
+        and cls.__module__ == module.__name__
+        and "forward" in vars(cls)
+        and cls.config_class is not None
+    )
+
+
+def _other_models(wanted: set[type[nn.Module]], zoo: Zoo) -> Iterator[type[PreTrainedModel]]:
+    """The models of each module with a class that is still missing."""
+    for models in _models_by_config().values():
+        for cls in models:
+            missing = {lacking.__module__ for lacking in wanted - zoo.specimens.keys()}
+            if cls.__module__ in missing and cls not in zoo.specimens:
+                yield cls
+
+
+def _build(zoo: Zoo, cls: type[PreTrainedModel]) -> None:
+    with _meta():
+        zoo.keep(cls(small_config(cls.config_class)))
+
+
+def _build_alone(zoo: Zoo, cls: type[nn.Module]) -> None:
+    """An instance by itself, of a class that no model is built with by default."""
+    errors = []
+    for config in _configs_for(cls):
+        try:
+            arguments = _guess_arguments(cls, config)
+            with _meta():
+                zoo.keep(cls(**arguments))
+            return
+        except Exception as error:
+            errors.append(error)
+    raise errors[0] if errors else LookupError("its module names no config class")
+
+
+def _configs_for(cls: type[nn.Module]) -> Iterator[object]:
+    module = importlib.import_module(cls.__module__)
+    annotated = str(inspect.signature(cls.__init__).parameters.get("config", ""))
+    named = [value for value in vars(module).values() if inspect.isclass(value) and value in _models_by_config()]
+    for config_class in sorted(named, key=lambda value: value.__name__ not in annotated):
+        config = small_config(config_class)
+        yield config
+        yield from (value for value in vars(config).values() if hasattr(value, "to_dict"))
+
+
+def _guess_arguments(cls: type[nn.Module], config: object) -> dict[str, object]:
+    """By the parameters' names: the config itself, what the config calls so, or the first layer."""
+    arguments = {}
+    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.default is not parameter.empty:
+            continue
+        if name == "config" or name.endswith("_config"):
+            arguments[name] = config
+        elif name in ("layer_idx", "layer_id", "layer_index"):
+            arguments[name] = 0
+        else:
+            arguments[name] = getattr(config, _SYNONYMS.get(name, name))
+    return arguments
+
+
+_SYNONYMS = {"dim": "hidden_size", "hidden_dim": "intermediate_size", "in_features": "hidden_size", "activation": "hidden_act"}
+
+
+@contextlib.contextmanager
+def _meta() -> Iterator[None]:
+    # transformers has models that read values of what they make with linspace; its own context makes that safe.
+    safe = getattr(initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)
+    with torch.device("meta"), safe():
+        yield

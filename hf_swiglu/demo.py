@@ -1,0 +1,270 @@
+"""One real model before and after `patch_model`: the same outputs, and what changes in time and memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_swiglu import doctor, models
+from hf_swiglu.inspection import nothing_to_fuse
+from hf_swiglu.patching import patch_model, unpatch_model
+from hf_swiglu.report import PatchReport
+
+WINDOW = 256
+PROMPT_TOKENS, CONTINUATION_TOKENS = 64, 40
+DECODED_TOKENS = 16
+
+# Four digits; float32 rounding moves a perplexity by about one in 10^7.
+_EQUAL_PERPLEXITY = 1e-5
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model computes from the sample text."""
+
+    perplexity: float
+    continuation: tuple[int, ...]
+
+    def equals(self, other: Outputs) -> bool:
+        close = abs(self.perplexity - other.perplexity) <= _EQUAL_PERPLEXITY * other.perplexity
+        return close and self.continuation == other.continuation
+
+
+@dataclass
+class Measurement:
+    """One phase, before and after: seconds round by round, and peak bytes."""
+
+    phase: str
+    seconds: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    peak_bytes: list[int] = field(default_factory=list)
+
+    @property
+    def rounds_won(self) -> int:
+        return sum(after < before for before, after in zip(*self.seconds, strict=True))
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything the demo found; element 0 of each pair is before patching, element 1 after."""
+
+    report: PatchReport
+    outputs: tuple[Outputs, Outputs]
+    measurements: list[Measurement]
+
+    @property
+    def equal(self) -> bool:
+        return self.outputs[1].equals(self.outputs[0])
+
+
+def run_demo(
+    given: str = models.PACKAGED, *, seconds: float = 60, show: Callable[[object], None] = print
+) -> DemoResult:
+    """Load a causal language model in float32, and compare it before and after `patch_model`.
+
+    Args:
+        given: a Hub id, a folder, a .gguf file, or "smollm2".
+        seconds: how long to measure; at least one round is completed.
+        show: receives every line, and the closing `rich.table.Table`.
+
+    Raises:
+        ModelError: no such model, or nothing to fuse in it.
+    """
+    device = next((torch.device(name) for name in ("cuda", "xpu") if getattr(torch, name).is_available()), None)
+    device = device or torch.device("cpu")
+    show(doctor.environment(device))
+    source = models.resolve(given)
+    show(f"loading {source.given} in float32")
+    model, tokenizer = models.load(source, device)
+    tokens = _sample_tokens(tokenizer, device)
+
+    before = _outputs(model, tokens)
+    report = patch_model(model, strict=False)
+    if not report.fused:
+        raise models.ModelError(nothing_to_fuse(type(model).__name__, report))
+    show(report)
+    after = _outputs(model, tokens)
+    unpatch_model(model)
+    _show_outputs(before, after, tokenizer, show)
+
+    show(f"measuring for about {seconds:g} s; each round runs every phase before and after patching")
+    measurements = _measure(model, tokens, seconds)
+    result = DemoResult(report, (before, after), measurements)
+    show(table(result))
+    return result
+
+
+def table(result: DemoResult) -> Table:
+    """The closing table; a ratio above 1 means that the patched model takes that much less."""
+    rounds = len(result.measurements[0].seconds[0])
+    rows = Table(
+        box=box.SIMPLE, title=f"medians of {rounds} rounds; ratio above 1: patching helps", title_justify="left"
+    )
+    rows.add_column("phase")
+    for name in ("before", "after", "ratio", "faster in"):
+        rows.add_column(name, justify="right")
+    for row in result.measurements:
+        before, after = (statistics.median(seconds) for seconds in row.seconds)
+        ratio = f"{before / after:.2f}x" + ("" if before >= after else " slower")
+        won = f"{row.rounds_won} of {rounds}"
+        rows.add_row(f"{row.phase}: time", f"{before * 1e3:,.1f} ms", f"{after * 1e3:,.1f} ms", ratio, won)
+    for row in result.measurements:
+        before, after = row.peak_bytes
+        ratio = f"{before / after:.2f}x" + ("" if before >= after else " more")
+        rows.add_row(f"{row.phase}: memory", f"{before / 1e6:,.1f} MB", f"{after / 1e6:,.1f} MB", ratio, "")
+    rows.caption = "training: forward and backward\nmemory: peak of what the phase allocates, beside the weights"
+    rows.caption_justify = "left"
+    return rows
+
+
+def _sample_tokens(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tensor:
+    """Miranda and Prospero, The Tempest, Act I Scene 2, after Project Gutenberg's text, as one row of tokens."""
+    text = resources.files("hf_swiglu").joinpath("sample.txt").read_text(encoding="utf-8")
+    tokens = tokenizer(text, return_tensors="pt").input_ids.to(device)
+    if tokens.shape[1] < 2 * WINDOW:
+        raise models.ModelError(f"the tokenizer makes {tokens.shape[1]} tokens of the sample text; expected over 512")
+    return tokens
+
+
+def _outputs(model: PreTrainedModel, tokens: Tensor) -> Outputs:
+    continuation = _generate(model, tokens[:, :PROMPT_TOKENS], CONTINUATION_TOKENS)[0, PROMPT_TOKENS:]
+    return Outputs(_perplexity(model, tokens), tuple(continuation.tolist()))
+
+
+@torch.no_grad()
+def _perplexity(model: PreTrainedModel, tokens: Tensor) -> float:
+    losses = []
+    for window in tokens.split(WINDOW, dim=1):
+        logits = model(input_ids=window, use_cache=False).logits[0, :-1]
+        losses.append(F.cross_entropy(logits.double(), window[0, 1:], reduction="none"))
+    return torch.cat(losses).mean().exp().item()
+
+
+def _generate(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
+    """Exactly `count` more tokens, greedily."""
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        num_beams=1,
+        min_new_tokens=count,
+        max_new_tokens=count,
+        pad_token_id=0,
+    )
+
+
+def _show_outputs(
+    before: Outputs, after: Outputs, tokenizer: PreTrainedTokenizerBase, show: Callable[[object], None]
+) -> None:
+    same = "identical" if before.continuation == after.continuation else "DIFFERENT"
+    show(f"perplexity on The Tempest: {before.perplexity:.6f} before, {after.perplexity:.6f} after")
+    show(f"greedy continuation, {len(after.continuation)} tokens: {same} before and after")
+    show("  ..." + " ".join(tokenizer.decode(after.continuation).split()))
+
+
+def _phases(model: PreTrainedModel, tokens: Tensor) -> dict[str, Callable[[], object]]:
+    batch = tokens[:, : 2 * WINDOW].reshape(2, WINDOW)
+
+    def training_step() -> None:
+        model.train()
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+        model.eval()
+
+    return {
+        f"prefill, 1 x {2 * WINDOW}": lambda: _generate(model, tokens[:, : 2 * WINDOW], 1),
+        f"decode, {DECODED_TOKENS} tokens": lambda: _generate(model, tokens[:, :PROMPT_TOKENS], DECODED_TOKENS),
+        f"training, 2 x {WINDOW}": training_step,
+    }
+
+
+def _measure(model: PreTrainedModel, tokens: Tensor, seconds: float) -> list[Measurement]:
+    """Each phase's peak memory once, which warms everything up, and then its time, round by round."""
+    phases = _phases(model, tokens)
+    results = {phase: Measurement(phase) for phase in phases}
+    end = time.perf_counter() + seconds
+    for set_up in (unpatch_model, patch_model):
+        set_up(model)
+        for phase, run in phases.items():
+            results[phase].peak_bytes.append(_peak_bytes(run, model.device))
+    rounds = 0
+    while rounds == 0 or time.perf_counter() < end:
+        # What the machine does beside this changes by the second, so before and after stand next to each other,
+        # and take turns at being first.
+        order = (0, 1) if rounds % 2 == 0 else (1, 0)
+        for phase, run in phases.items():
+            for patched in order:
+                (patch_model if patched else unpatch_model)(model)
+                results[phase].seconds[patched].append(_seconds(run, model.device))
+        rounds += 1
+    unpatch_model(model)
+    return list(results.values())
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    if device.type == "cpu":
+        with _LiveTensors() as tensors:
+            run()
+        return tensors.peak
+    library = getattr(torch, device.type)
+    run()
+    library.reset_peak_memory_stats(device)
+    start = library.memory_allocated(device)
+    run()
+    return library.max_memory_allocated(device) - start
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators create, from creation until their memory is given back.
+
+    A process's resident memory would miss the point: the C library keeps what is freed. What an operator allocates
+    for itself and frees before it returns is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {_storage(tensor).data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(result):
+            # A view, or a result in place, has its input's memory.
+            if isinstance(tensor, Tensor) and _storage(tensor).data_ptr() not in inputs:
+                size = _storage(tensor).nbytes()
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(_storage(tensor), self._release, size)
+        return result
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()

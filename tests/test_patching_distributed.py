@@ -1,0 +1,112 @@
+"""Fused models in DDP and FSDP2, over gloo: two processes compute what one does."""
+
+import copy
+import datetime
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import CountedOperators, GatedMLP, tiny_llama, tokens
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_swiglu import patch_model, unpatch_model
+from hf_swiglu.fusion import FusedModule
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo")
+
+
+def _join(rank: int, size: int, port: int) -> None:
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group(
+        "gloo", init_method=address, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def group():
+    _join(0, 1, _free_port())
+    yield
+    dist.destroy_process_group()
+
+
+def _gradients(model, ids):
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
+
+
+def _ddp_rank(rank: int, port: int, patch_first: bool) -> None:
+    torch.set_num_threads(1)
+    _join(rank, 2, port)
+    try:
+        model = tiny_llama().double()
+        expected = _gradients(copy.deepcopy(model), tokens())
+        if patch_first:
+            patch_model(model)
+        model = DistributedDataParallel(model)
+        if not patch_first:
+            patch_model(model)
+        assert sum(isinstance(module, FusedModule) for module in model.modules()) == 2
+        # Each of two processes has one of the two sequences; DDP averages the gradients of their mean losses.
+        torch.testing.assert_close(_gradients(model, tokens()[rank : rank + 1]), expected)
+        assert unpatch_model(model) == 2
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("patch_first", [True, False], ids=["patch_then_wrap", "wrap_then_patch"])
+def test_two_processes_of_ddp_compute_the_gradients_of_one(patch_first):
+    torch.multiprocessing.spawn(_ddp_rank, (_free_port(), patch_first), nprocs=2)
+
+
+def _shard(model, units):
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer.mlp if units == "mlp" else layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("units", ["mlp", "layer"])
+@pytest.mark.parametrize("patch_first", [True, False], ids=["patch_then_shard", "shard_then_patch"])
+def test_fsdp2(group, units, patch_first):
+    model = tiny_llama()
+    reference = copy.deepcopy(model)
+    patch_model(reference)
+    expected = _gradients(reference, tokens())
+    if patch_first:
+        patch_model(model)
+    _shard(model, units)
+    if not patch_first:
+        assert len(patch_model(model).fused) == 2
+    with CountedOperators() as operators:
+        gradients = _gradients(model, tokens())
+    assert operators.names.count("product_backward") == 2
+    torch.testing.assert_close({name: grad.full_tensor() for name, grad in gradients.items()}, expected)
+
+
+def test_undo_of_a_model_that_was_sharded_since_is_refused(group):
+    model = nn.ModuleList([GatedMLP(), GatedMLP()])
+    patch_model(model)
+    fully_shard(model[1], mesh=init_device_mesh("cpu", (1,)))
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(RuntimeError, match=r"unpatch_model: 1 was wrapped as \w+ after it was fused.*before wrapping"):
+        unpatch_model(model)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_undo_of_a_model_that_was_sharded_before(group):
+    model = nn.ModuleList([GatedMLP(), GatedMLP()])
+    fully_shard(model[1], mesh=init_device_mesh("cpu", (1,)))
+    classes = [type(module) for module in model.modules()]
+    patch_model(model)
+    assert unpatch_model(model) == 2
+    assert [type(module) for module in model.modules()] == classes
