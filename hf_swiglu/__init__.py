@@ -1,5 +1,7 @@
 """SwiGLU for Hugging Face transformers: the activation `"swiglu"`, and fused gates for LLaMA-style MLPs."""
 
+import warnings
+
 from hf_swiglu._version import __version__
 from hf_swiglu.activation import SwiGLU, register, unregister
 from hf_swiglu.backends import available_backends
@@ -23,5 +25,9 @@ __all__ = [
     "unregister",
 ]
 
-register()
+try:
+    register()
+except ValueError as error:
+    # An import that fails could not offer `register(overwrite=True)`.
+    warnings.warn(str(error), stacklevel=2)
 _register_fusion()

@@ -60,18 +60,28 @@ def register(*, overwrite: bool = False) -> None:
     for table in _tables():
         present = _entry(table)
         if present is not SwiGLU:
-            if present is not None:
-                _replaced[id(table)] = present
+            _replaced[id(table)] = present
             table[NAME] = SwiGLU
 
 
 def unregister() -> None:
-    """Undo `register()`: the tables hold exactly what they held before. A second call changes nothing."""
+    """Undo `register()`: the tables hold exactly what they held before. A second call changes nothing.
+
+    Example:
+        >>> import hf_swiglu
+        >>> from transformers.activations import ACT2FN
+        >>> hf_swiglu.unregister()
+        >>> "swiglu" in ACT2FN
+        False
+        >>> hf_swiglu.register()
+    """
     for table in _tables():
         if _entry(table) is SwiGLU:
-            del table[NAME]
-            if id(table) in _replaced:
-                table[NAME] = _replaced.pop(id(table))
+            before = _replaced.pop(id(table), None)
+            if before is None:
+                del table[NAME]
+            else:
+                table[NAME] = before
 
 
 def _tables() -> tuple[dict, dict]:

@@ -154,7 +154,7 @@ def _perplexity(model: PreTrainedModel, tokens: Tensor) -> float:
 
 def _generate(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
     """Exactly `count` more tokens, greedily."""
-    return model.generate(
+    return model.generate(  # type: ignore[operator]
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
@@ -171,7 +171,7 @@ def _show_outputs(
     same = "identical" if before.continuation == after.continuation else "DIFFERENT"
     show(f"perplexity on The Tempest: {before.perplexity:.6f} before, {after.perplexity:.6f} after")
     show(f"greedy continuation, {len(after.continuation)} tokens: {same} before and after")
-    show("  ..." + " ".join(tokenizer.decode(after.continuation).split()))
+    show("  ..." + " ".join(str(tokenizer.decode(list(after.continuation))).split()))
 
 
 def _phases(model: PreTrainedModel, tokens: Tensor) -> dict[str, Callable[[], object]]:

@@ -128,8 +128,7 @@ def _kernel_serves(gate: Tensor, up: Tensor | None) -> bool:
     # Inductor fuses the plain formula with its neighbours and decides what to keep; an operator would be a wall.
     if torch.compiler.is_compiling() or not backends.serves(gate) or not _is_ordinary(gate):
         return False
-    # vmap, grad and jvp wrap tensors or attach tangents that a kernel would drop.
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if _is_transformed() or torch._C._is_tracing():
         return False
     return up is None or (
         _is_ordinary(up) and up.dtype == gate.dtype and up.shape == gate.shape and up.device == gate.device
@@ -137,11 +136,20 @@ def _kernel_serves(gate: Tensor, up: Tensor | None) -> bool:
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    return (
+        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether vmap, grad or jvp wrap tensors here, or attach tangents, that a kernel would drop."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _forward(gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor:
-    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    out = torch.empty_like(gate)
     _ops.product(gate, up, out, *_scalars(gating))
     return out
 
@@ -167,12 +175,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = _unpack_last(ctx)
-        if torch.is_grad_enabled():
-            inputs = (gate,) if up is None else (gate, up)
-            gradients = _differentiable_gradients(reference.product(gate, up, ctx.gating), inputs, grad)
-            return (*gradients, None) if up is not None else (*gradients, None, None)
-        grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        grad_up = None if up is None else torch.empty_like(up, memory_format=torch.contiguous_format)
+        if _needs_plain_gradients(grad):
+            return *_plain_gradients(ctx, (gate, up), grad), None
+        grad_gate = torch.empty_like(gate)
+        grad_up = None if up is None else torch.empty_like(up)
         _ops.product_backward(grad, gate, up, grad_gate, grad_up, *_scalars(ctx.gating))
         return grad_gate, grad_up, None
 
@@ -190,13 +196,32 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (gate_up,) = _unpack_last(ctx)
+        if _needs_plain_gradients(grad):
+            return *_plain_gradients(ctx, (gate_up,), grad), None, None
         gate, up = ctx.parts(gate_up)
-        if torch.is_grad_enabled():
-            gradients = _differentiable_gradients(reference.product(gate, up, ctx.gating), (gate_up,), grad)
-            return *gradients, None, None
-        grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        grad_gate_up = torch.empty_like(gate_up)
         _ops.product_backward(grad, gate, up, *ctx.parts(grad_gate_up), *_scalars(ctx.gating))
         return grad_gate_up, None, None
+
+
+def _needs_plain_gradients(grad: Tensor) -> bool:
+    """Whether gradients of gradients are asked for, or a batch of them at once."""
+    return torch.is_grad_enabled() or _is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _plain_gradients(ctx, saved: tuple[Tensor | None, ...], grad: Tensor) -> list[Tensor | None]:
+    """PyTorch's own gradients of the plain formula, which can be differentiated and batched again.
+
+    Through fresh views: gate may be made from up, or be the same tensor, and autograd would follow it there.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [None if tensor is None else tensor.view_as(tensor) for tensor in saved]
+        gate, up = ctx.parts(*views)
+        product = reference.product(gate, up, ctx.gating)
+    wanted = [view for view in views if view is not None]
+    gradients = iter(torch.autograd.grad(product, wanted, grad, create_graph=create_graph))
+    return [None if view is None else next(gradients) for view in views]
 
 
 def can_recompute(node: object) -> bool:
@@ -224,11 +249,6 @@ def _unpack_last(node) -> tuple[Tensor, ...]:
     tensors = _unpack(node)
     del node.unpacked
     return tensors
-
-
-def _differentiable_gradients(product: Tensor, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients that can themselves be differentiated, as `create_graph=True` asks: those of the plain formula."""
-    return torch.autograd.grad(product, inputs, grad, create_graph=True)
 
 
 def _check_floating(function: str, name: str, value: object) -> None:

@@ -20,7 +20,7 @@ from hf_swiglu.survey import Found
 # By the power of the gate in the product: `reference.Gating`.
 _WANTED = {"silu": 1, "swiglu": 2}
 
-# Where a swapped module keeps what it had: in `__dict__`, past nn.Module's own bookkeeping, and taken along by deepcopy.
+# Where a swapped module keeps what it had: in `__dict__`, past nn.Module's own bookkeeping; deepcopy takes it along.
 _RECORD = "_hf_swiglu_swap"
 
 

@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ import hf_swiglu
 from hf_swiglu import reference
 from hf_swiglu.reference import SILU, SWIGLU, Gating
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
 
-from hf_swiglu.backends import triton as compiled  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import interpreter
+
+from hf_swiglu.backends import triton as compiled
 
 # NumPy's about the infinities under the interpreter, and Triton 3.9's about a default of its next release.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in", "ignore:TRITON_DEFAULT_FP_FUSION")
@@ -64,8 +68,7 @@ def _same_numbers_as_a_gpu(monkeypatch):
 @pytest.fixture
 def launches(monkeypatch):
     """The names of the kernels launched so far."""
-    names = []
-    launch = kernels._launch
+    names, launch = [], kernels._launch
 
     def counting(kernel, *args):
         names.append(kernel.fn.__name__)
@@ -92,7 +95,6 @@ LAYOUTS = {
     "irregular": lambda new: (new(4, 3, 50).transpose(0, 1), new(4, 3, 50).transpose(0, 1)),
     "scalar": lambda new: (new(2)[0], new(2)[1]),
 }
-FLAT_LAYOUTS = ("contiguous", "contiguous, full tiles", "irregular", "scalar")
 
 
 def _pair(layout, dtype):
@@ -128,7 +130,7 @@ def test_every_layout_is_read_and_written_in_place(layout, dtype, launches):
     for base in bases:
         base.fill_(7)
     _assert_accurate(_kernel(grad, gate, up, out, grad_gate, grad_up), grad, gate, up)
-    kind = "flat" if layout in FLAT_LAYOUTS else "rows"
+    kind = "flat" if layout in ("contiguous", "contiguous, full tiles", "irregular", "scalar") else "rows"
     assert launches == [f"_product_{kind}", f"_backward_{kind}"]
     # Nothing was written between the elements of the views.
     grad_gate.fill_(7), grad_up.fill_(7)
@@ -149,7 +151,7 @@ def test_every_gating(gating, gated, dtype):
 
 def test_gelu_is_not_swish():
     grad, gate, up = _random(3, 50, 40, dtype=torch.bfloat16)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="allowed in torch.bfloat16"):
         _assert_accurate([F.gelu(gate) * up, grad, grad], grad, gate, up)
 
 
@@ -167,8 +169,7 @@ def test_results_may_replace_the_inputs(layout):
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
 def test_nothing_to_do(shape, launches):
-    empty = torch.empty(shape, device=DEVICE)
-    _kernel(empty, empty, empty, empty, empty, empty)
+    _kernel(*(torch.empty(shape, device=DEVICE) for _ in range(6)))
     assert launches == []
 
 
@@ -236,20 +237,20 @@ def test_tiles_leave_few_lanes_idle():
 
 def _compile(target, function, *operands):
     """The assembly of the kernel that this call would launch, specialised as Triton does at run time."""
-    calls = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "_launch", lambda *call: calls.append(call))
+    with mock.patch.object(compiled, "_launch") as launch:
         function(*operands)
-    ((kernel, _, tensors, *scalars),) = calls
+    kernel, _, tensors, *scalars = launch.call_args.args
     arguments = (*tensors, *scalars)
     signature, constants, alignment = {}, {}, {}
     for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
-        is_tensor = isinstance(value, torch.Tensor)
-        signature[parameter.name] = f"*{TYPES[value.dtype]}" if is_tensor else "i32" if value < 2**31 else "i64"
-        if (value.data_ptr() if is_tensor else value) % 16 == 0:
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name], value = f"*{TYPES[value.dtype]}", value.data_ptr()
+        else:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+        if value % 16 == 0:
             alignment[(index,)] = [["tt.divisibility", 16]]
     return triton.compile(ASTSource(kernel, signature, constants, alignment), target=target).asm
 
