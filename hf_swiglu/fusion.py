@@ -32,13 +32,21 @@ class FusedModule(nn.Module):
 
     found: GatedProduct
 
+    def __setattr__(self, name: str, value: object) -> None:
+        # The fused method was made for the old value. The original reads the new one; patching again fuses it anew.
+        if name in type(self).found.reads and vars(self).get(name) is not value:
+            self.__class__ = original_class(type(self))
+            setattr(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __copy__(self):
-        twin = type(self).__new__(type(self))
+        twin = object.__new__(type(self))
         vars(twin).update(vars(self))
         return twin
 
     def __deepcopy__(self, memo):
-        twin = type(self).__new__(type(self))
+        twin = object.__new__(type(self))
         memo[id(self)] = twin
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
@@ -186,16 +194,17 @@ def is_needed(activation: nn.Module, power: int) -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class's forward: hooks, or a forward of its own."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn_module._has_any_global_hook()
+        or "forward" in vars(module)
     )
 
 
 def _is_fresh(projection: nn.Module) -> bool:
     """Whether the projection's output is new memory that nobody else can have kept."""
-    return (
-        type(projection) is nn.Linear
-        and not _is_watched(projection)
-        and "forward" not in vars(projection)
-        and not nn_module._global_forward_hooks
-    )
+    return type(projection) is nn.Linear and not _is_watched(projection)

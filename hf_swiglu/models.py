@@ -95,7 +95,7 @@ def load(source: Source, device: torch.device) -> tuple[PreTrainedModel, PreTrai
             **source.arguments,
             **quantization,
         )
-    return model.to(device=device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def _packaged() -> Source:

@@ -63,7 +63,7 @@ def patch_model(
         raise TypeError(f"patch_model: model must be a torch.nn.Module; got {type(model).__name__}")
     chosen = choose(model, only)
     surveyed = survey(chosen)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as undo:
         if activation is not None:
             stack.enter_context(swapping.swapped(model, surveyed, activation))
             surveyed = survey(chosen)
@@ -78,9 +78,10 @@ def patch_model(
         ]
         if verify:
             verification.compare(plan, set_class)
-        # Nothing can fail half-way from here: every class exists, and assigning one allocates nothing.
         for module, cls, _ in plan:
+            undo.callback(set_class, module, type(module))
             set_class(module, cls)
+        undo.pop_all()
     return report
 
 

@@ -56,7 +56,7 @@ def match_product(node: fx.Node, module: nn.Module) -> tuple[Activated, fx.Node,
         activated = _match_activated(first, module)
         if activated is None or not isinstance(second, fx.Node) or second is activated.gate:
             continue
-        up, limit, offset = _match_up(second, module)
+        up, limit, offset = _match_up(second)
         if activated.gating is None:
             return activated, second, None
         return activated, up, activated.gating._replace(up_limit=limit, up_offset=offset)
@@ -67,19 +67,12 @@ def calls(node: object, targets: set) -> bool:
     return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
 
 
-def number(value: object, module: nn.Module) -> float | None:
-    """The value of a literal, of a float attribute, or of the negative of one; None for anything else."""
-    if isinstance(value, fx.Node):
-        if value.op == "get_attr":
-            value = vars(module).get(value.target)
-        elif value.op == "call_function" and value.target is operator.neg:
-            inner = number(value.args[0], module)
-            return None if inner is None else -inner
+def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _match_activated(node: object, module: nn.Module) -> Activated | None:
-    bounds = _clamp_bounds(node, module)
+    bounds = _clamp_bounds(node)
     if bounds is not None and bounds[0] == -math.inf:
         inner = _match_activation(node.args[0], module)
         if inner is not None and inner.gating is not None:
@@ -91,9 +84,9 @@ def _match_activation(node: object, module: nn.Module) -> Activated | None:
     """An activation module, an activation function, or `g * sigmoid(alpha * g)` written out."""
     if not isinstance(node, fx.Node):
         return None
-    for gate, alpha in _match_swish(node, module):
+    for gate, alpha in _match_swish(node):
         name = "silu" if alpha == 1 else f"x * sigmoid({alpha} x)"
-        return _limited_gate(gate, name, Gating(alpha=alpha), None, module)
+        return _limited_gate(gate, name, Gating(alpha=alpha), None)
     if len(node.args) != 1 or not isinstance(node.args[0], fx.Node) or node.kwargs.get("inplace"):
         return None
     if node.op == "call_module":
@@ -103,15 +96,15 @@ def _match_activation(node: object, module: nn.Module) -> Activated | None:
         if getattr(child, "inplace", False) and len(node.args[0].users) > 1:
             return None
         if kind in ACTIVATION_MODULES or kind.__module__ == nn.SiLU.__module__:
-            return _limited_gate(node.args[0], kind.__name__, GATINGS.get(kind), node.target, module)
+            return _limited_gate(node.args[0], kind.__name__, GATINGS.get(kind), node.target)
     elif node.op == "call_function" and (node.target in GATINGS or node.target in OTHER_FUNCTIONS):
-        return _limited_gate(node.args[0], node.target.__name__, GATINGS.get(node.target), None, module)
+        return _limited_gate(node.args[0], node.target.__name__, GATINGS.get(node.target), None)
     elif calls(node, {"sigmoid", "relu", "tanh"}):
-        return _limited_gate(node.args[0], node.target, None, None, module)
+        return _limited_gate(node.args[0], node.target, None, None)
     return None
 
 
-def _match_swish(node: fx.Node, module: nn.Module) -> Iterator[tuple[fx.Node, float]]:
+def _match_swish(node: fx.Node) -> Iterator[tuple[fx.Node, float]]:
     if not calls(node, MULTIPLY) or len(node.args) != 2:
         return
     for gate, sigmoid in (node.args, node.args[::-1]):
@@ -121,32 +114,32 @@ def _match_swish(node: fx.Node, module: nn.Module) -> Iterator[tuple[fx.Node, fl
         if inside is gate:
             yield gate, 1.0
         elif calls(inside, MULTIPLY) and gate in inside.args:
-            alpha = number(inside.args[1 - inside.args.index(gate)], module)
+            alpha = _number(inside.args[1 - inside.args.index(gate)])
             if alpha is not None:
                 yield gate, alpha
 
 
-def _limited_gate(gate: fx.Node, name: str, gating: Gating | None, child: str | None, module: nn.Module) -> Activated:
-    bounds = _clamp_bounds(gate, module)
+def _limited_gate(gate: fx.Node, name: str, gating: Gating | None, child: str | None) -> Activated:
+    bounds = _clamp_bounds(gate)
     if gating is not None and bounds is not None and bounds[0] == -math.inf:
         return Activated(gate.args[0], name, gating._replace(gate_limit=bounds[1]), child)
     return Activated(gate, name, gating, child)
 
 
-def _match_up(node: fx.Node, module: nn.Module) -> tuple[fx.Node, float, float]:
+def _match_up(node: fx.Node) -> tuple[fx.Node, float, float]:
     """(up, limit, offset), with the limit and the offset that were taken off."""
     limit, offset = math.inf, 0.0
     if calls(node, _ADD) and len(node.args) == 2 and isinstance(node.args[0], fx.Node) and not node.kwargs:
-        constant = number(node.args[1], module)
+        constant = _number(node.args[1])
         if constant is not None:
             node, offset = node.args[0], constant
-    bounds = _clamp_bounds(node, module)
+    bounds = _clamp_bounds(node)
     if bounds is not None and bounds[0] == -bounds[1] and bounds[1] != math.inf:
         node, limit = node.args[0], bounds[1]
     return node, limit, offset
 
 
-def _clamp_bounds(node: object, module: nn.Module) -> tuple[float, float] | None:
+def _clamp_bounds(node: object) -> tuple[float, float] | None:
     """(lowest, highest) of a clamp between numbers."""
     if not calls(node, _CLAMP):
         return None
@@ -154,5 +147,5 @@ def _clamp_bounds(node: object, module: nn.Module) -> tuple[float, float] | None
     bounds = []
     for name, unbounded in (("min", -math.inf), ("max", math.inf)):
         value = given.get(name)
-        bounds.append(unbounded if value is None else number(value, module))
+        bounds.append(unbounded if value is None else _number(value))
     return None if None in bounds else (bounds[0], bounds[1])

@@ -7,7 +7,6 @@ understood are accepted: a trace bakes Python values in.
 
 from __future__ import annotations
 
-import copy
 import operator
 from dataclasses import dataclass
 
@@ -49,6 +48,8 @@ class GatedProduct:
     up: fx.Node
     # None for an activation that is not ours: the module is gated, but no SwiGLU.
     gating: Gating | None
+    # The plain attributes that the trace has read, and that the fused method takes for constant.
+    reads: frozenset[str]
 
     @property
     def gate(self) -> fx.Node:
@@ -78,26 +79,28 @@ class NotFusable(Exception):
     """The module looks like a gated MLP and is none that can be fused; the message says why."""
 
 
-def recognise(module: nn.Module) -> GatedProduct | None:
+def recognise(module: nn.Module, reads: set[str] | None = None) -> GatedProduct | None:
     """The gated product in `module`'s own code; None where nothing suggests that there is one.
 
     transformers' experts compute it in `_apply_gate`, which all their implementations but the eager loop call; in
-    every other module it is looked for in `forward`.
+    every other module it is looked for in `forward`. The names of the attributes that the answer rests on are added
+    to `reads`.
 
     Raises:
         NotFusable: it looks like a gated MLP but computes something that is not understood.
     """
     if not _could_be_gated(module):
         return None
+    reads = set() if reads is None else reads
     method = "_apply_gate" if hasattr(type(module), "_apply_gate") else "forward"
     suspect = method != "forward" or _looks_like_a_gated_mlp(module)
     try:
-        graph = trace(module, method)
+        graph = trace(module, method, reads)
     except NotFusable:
         if suspect:
             raise
         return None
-    found = [match for node in graph.nodes if (match := _gated_product(method, graph, node, module)) is not None]
+    found = [match for node in graph.nodes if (match := _gated_product(method, graph, node, module, reads)) is not None]
     if not found:
         if suspect:
             raise NotFusable("it has the parts of a gated MLP, but no activation is multiplied by a projection")
@@ -112,8 +115,8 @@ def recognise(module: nn.Module) -> GatedProduct | None:
     return found[0]
 
 
-def trace(module: nn.Module, method: str = "forward") -> fx.Graph:
-    """The data flow of one method of `module`, with its floats and its `training` flag left symbolic.
+def trace(module: nn.Module, method: str, reads: set[str]) -> fx.Graph:
+    """The data flow of one method of `module`. The plain attributes that it takes for constant go to `reads`.
 
     Raises:
         NotFusable: the method cannot be traced, or does what a trace does not record.
@@ -122,7 +125,7 @@ def trace(module: nn.Module, method: str = "forward") -> fx.Graph:
     if reason is not None:
         raise NotFusable(f"its {reason}")
     try:
-        graph = _Tracer(method).trace(copy.copy(module))
+        graph = _Tracer(method).trace(_recording_twin(module, reads))
     except Exception as error:
         # Anything can come out of code that was never written to be traced.
         message = str(error).splitlines()[0] if str(error) else repr(error)
@@ -135,8 +138,27 @@ def trace(module: nn.Module, method: str = "forward") -> fx.Graph:
     return graph
 
 
+def _recording_twin(module: nn.Module, reads: set[str]) -> nn.Module:
+    """A shallow copy that notes which of its plain attributes are read."""
+
+    def __getattribute__(self, name: str):
+        if name in attributes:
+            reads.add(name)
+        return cls.__getattribute__(self, name)
+
+    cls = type(module)
+    metaclass = type(cls)
+    twin = object.__new__(metaclass(cls.__name__, (cls,), {"__getattribute__": __getattribute__}))  # type: ignore[misc]
+    # What nn.Module keeps for itself, children and parameters among it, is not for a forward to read.
+    attributes = vars(module).keys() - vars(nn.Module()).keys()
+    vars(twin).update(vars(module))
+    return twin
+
+
 class _Tracer(fx.Tracer):
-    """Children are leaves; plain float attributes and `training` become nodes, so that they are read at run time."""
+    """Children are leaves; parameters, buffers and `training` become nodes, so that they are read at run time."""
+
+    proxy_buffer_attributes = True
 
     def __init__(self, method: str):
         super().__init__()
@@ -147,9 +169,7 @@ class _Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         result = super().create_args_for_root(root_fn, is_module, concrete_args)
-        for name, value in list(vars(self.root).items()):
-            if name == "training" or type(value) is float:
-                vars(self.root)[name] = self.create_proxy("get_attr", name, (), {})
+        vars(self.root)["training"] = self.create_proxy("get_attr", "training", (), {})
         return result
 
 
@@ -185,7 +205,9 @@ def _looks_like_a_gated_mlp(module: nn.Module) -> bool:
     return False
 
 
-def _gated_product(method: str, graph: fx.Graph, node: fx.Node, module: nn.Module) -> GatedProduct | None:
+def _gated_product(
+    method: str, graph: fx.Graph, node: fx.Node, module: nn.Module, reads: set[str]
+) -> GatedProduct | None:
     matched = match_product(node, module)
     if matched is None:
         return None
@@ -193,7 +215,7 @@ def _gated_product(method: str, graph: fx.Graph, node: fx.Node, module: nn.Modul
     # `_apply_gate` is handed what the projections made.
     if method == "forward" and not (_comes_from_a_projection(activated.gate) and _comes_from_a_projection(up)):
         return None
-    return GatedProduct(method, graph, node, activated, up, gating)
+    return GatedProduct(method, graph, node, activated, up, gating, frozenset(reads))
 
 
 def _comes_from_a_projection(node: object) -> bool:

@@ -14,8 +14,10 @@ from hf_swiglu import functional
 
 def project(down: nn.Module, product: Tensor) -> Tensor:
     """`down(product)`, where the graph keeps no `product` if it can compute it again."""
+    if torch.compiler.is_compiling():
+        return down(product)
     node = product.grad_fn
-    if torch.compiler.is_compiling() or not functional.can_recompute(node) or product.numel() == 0:
+    if not functional.can_recompute(node) or product.numel() == 0:
         return down(product)
     address, version = product.data_ptr(), product._version
     # Only the innermost hooks apply; what is none of ours goes to the next ones, gradient checkpointing's for instance.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import types
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -13,21 +14,25 @@ from hf_swiglu.recognition import GatedProduct, NotFusable, recognise
 
 Found = GatedProduct | NotFusable
 
+_CHILDREN = "children"
+
 
 def survey(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, Found]]:
     """Every module that has a gated product, or looks as if it had one, with what was found."""
-    known: dict[tuple, Found | None] = {}
+    known: dict[type, list[tuple[dict[str, object], Found | None]]] = defaultdict(list)
     result: list[tuple[str, nn.Module, Found]] = []
     for name, module in modules:
         if isinstance(module, FusedModule):
             result.append((name, module, type(module).found))
             continue
-        key = _configuration(module)
-        if key not in known:
-            known[key] = _recognise(module)
-        found = known[key]
-        if found is not None:
-            result.append((name, module, found))
+        seen = known[type(module)]
+        alike = [row for row in seen if row[0] == _configuration(module, row[0].keys() - {_CHILDREN})]
+        if not alike:
+            found, reads = _recognise(module)
+            alike = [(_configuration(module, reads), found)]
+            seen += alike
+        if alike[0][1] is not None:
+            result.append((name, module, alike[0][1]))
     return result
 
 
@@ -55,33 +60,26 @@ def choose(model: nn.Module, only: str | Sequence[str] | None) -> list[tuple[str
     return [named for named in modules if any(matches(pattern, *named) for pattern in patterns)]
 
 
-def _recognise(module: nn.Module) -> Found | None:
+def _recognise(module: nn.Module) -> tuple[Found | None, set[str]]:
+    reads: set[str] = set()
     try:
-        return recognise(module)
+        return recognise(module, reads), reads
     except NotFusable as reason:
-        return reason
+        return reason, reads
 
 
-def _configuration(module: nn.Module) -> tuple:
-    """Equal for two modules whose forwards trace alike.
+def _configuration(module: nn.Module, reads: Iterable[str]) -> dict[str, object]:
+    """Equal for two modules of a class whose traces are alike: the attributes that a trace has read, and the children.
 
-    Only the attributes that the class's functions name can steer a trace, so a `layer_idx` that nothing reads keeps
-    126 layers one configuration.
+    A `layer_idx` that nothing reads leaves the 126 layers of a model with one configuration.
     """
-    named: set[str] = set()
-    for cls in type(module).__mro__:
-        if cls is nn.Module:
-            break
-        for function in vars(cls).values():
-            if isinstance(function, types.FunctionType) and function.__name__ != "__init__":
-                named.update(function.__code__.co_names)
-    values = []
-    for name in sorted((named & vars(module).keys()) - {"training"}):
-        value = vars(module)[name]
+    values: dict[str, object] = {}
+    for name in reads:
+        value = vars(module).get(name)
         comparable = isinstance(value, (int, float, str, types.NoneType))
-        values.append((name, type(value), value if comparable else id(value)))
-    children = [
+        values[name] = (type(value), value if comparable else id(value))
+    values[_CHILDREN] = [
         (name, type(child), getattr(child, "in_features", None), getattr(child, "out_features", None))
         for name, child in module.named_children()
     ]
-    return type(module), tuple(values), tuple(children)
+    return values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,36 +37,54 @@ def compare_fused(model: nn.Module, set_class: Callable[[nn.Module, type], None]
 
 def _compare_classes(module, original, fused, found, set_class) -> None:
     present = type(module)
-    arguments = _probe(module, found)
-    outputs = []
-    try:
-        for cls in (original, fused):
-            set_class(module, cls)
-            outputs.append(_run(module, arguments))
-    finally:
-        set_class(module, present)
-    before, after = (output.double() for output in outputs)
-    error = (after - before).norm() / before.norm().clamp(min=1e-30)
-    if not error <= _TOLERANCE * torch.finfo(outputs[0].dtype).eps:
-        raise RuntimeError(
-            f"verify=True found that fusing {original.__name__} changes its output by {error:.1e} (relative norm, "
-            f"{outputs[0].dtype}). Please report this class"
-        )
+    results = []
+    # The same seed before every run gives dropout the same mask, and the user's generators are put back.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        probe = _probe(module, found)
+        try:
+            for cls in (original, fused):
+                set_class(module, cls)
+                results.append(_run(getattr(module, found.method) if found.method != "forward" else module, probe))
+        finally:
+            set_class(module, present)
+    for what, before, after in zip(("output", "gradient"), *results):
+        error = (after.double() - before.double()).norm() / before.double().norm().clamp(min=1e-30)
+        if not error <= _TOLERANCE * torch.finfo(before.dtype).eps:
+            raise RuntimeError(
+                f"verify=True found that fusing {original.__name__} changes its {what} by {error:.1e} (relative norm, "
+                f"{before.dtype}). Please report this class"
+            )
 
 
 def _probe(module: nn.Module, found: GatedProduct) -> Tensor:
-    first = found.packed[0] if found.packed is not None else found.gate
-    projection: Any = module.get_submodule(str(first.target))
-    weight = next(projection.parameters())
-    if weight.is_meta and "_old_forward" not in vars(projection):
+    """A random input of the module's forward, or of an experts module's `_apply_gate`."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(tensor.is_meta for tensor in tensors) and "_old_forward" not in vars(module):
         raise ValueError("patch_model: verify=True runs the model's MLPs, but its weights are on the meta device")
-    device = "cpu" if weight.is_meta else weight.device
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    return torch.randn(64, projection.in_features, device=device, dtype=dtype)
+    floating = [tensor for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta]
+    like = floating[0] if floating else torch.empty(0)
+    return torch.randn(64, _width(module, found), device=like.device, dtype=like.dtype)
 
 
-def _run(module: nn.Module, probe: Tensor) -> Tensor:
-    # The same seed before both runs gives dropout the same mask.
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        return module(probe.clone())
+def _width(module: nn.Module, found: GatedProduct) -> int:
+    for node in found.graph.nodes:
+        if node.op == "call_module" and node.args and getattr(node.args[0], "op", None) == "placeholder":
+            width = getattr(module.get_submodule(str(node.target)), "in_features", None)
+            if isinstance(width, int):
+                return width
+    # `_apply_gate` takes any even number of columns.
+    return 512
+
+
+def _run(function: Callable[[Tensor], Tensor], probe: Tensor) -> list[Tensor]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        results = [function(probe.clone())]
+    torch.manual_seed(0)
+    with torch.enable_grad():
+        leaf = probe.clone().requires_grad_()
+        output = function(leaf.view_as(leaf))
+        if output.requires_grad:
+            results += torch.autograd.grad(output.square().sum(), leaf)
+    return results

@@ -4,7 +4,9 @@
 """
 
 import copy
+import ctypes
 import gc
+import sys
 from functools import partial
 
 import psutil
@@ -88,16 +90,16 @@ ROWS = {
 }
 
 
-def prepare(build, patch, input_trained, tokens=TOKENS):
+def prepare(build, patch, input_trained):
     torch.manual_seed(0)
     mlp = build(*LARGE)
     if patch is not None:
         patch_model(mlp, recompute=patch)
-    return mlp, torch.randn(tokens, LARGE[0], requires_grad=input_trained)
+    return mlp, torch.randn(TOKENS, LARGE[0], requires_grad=input_trained)
 
 
-def buffer_bytes(run, tokens):
-    return tokens * LARGE[1] * (2 if run is autocast else 4)
+def buffer_bytes(run):
+    return TOKENS * LARGE[1] * (2 if run is autocast else 4)
 
 
 def in_process_memory(build, run, input_trained, patch) -> float:
@@ -108,33 +110,39 @@ def in_process_memory(build, run, input_trained, patch) -> float:
     out = run(mlp, x)
     held = resident() - before
     del out
-    return held / buffer_bytes(run, TOKENS)
+    return held / buffer_bytes(run)
 
 
 def resident() -> int:
     gc.collect()
-    return psutil.Process().memory_info().rss
+    if sys.platform == "linux":
+        # What earlier tests freed must not be handed out again unseen.
+        ctypes.CDLL(None).malloc_trim(0)
+    memory = psutil.Process().memory_info()
+    # Pages of libraries come and go with what else the machine does.
+    return memory.rss - getattr(memory, "shared", 0)
 
 
 def counted(build, run, input_trained, patch) -> float:
     """Every storage that autograd is given to save, once; the weights and their casts are not activations."""
-    tokens, storages = 512, {}
-    mlp, x = prepare(build, patch, input_trained, tokens)
+    mlp, x = prepare(build, patch, input_trained)
+    storages = {}
 
     def pack(tensor):
-        if tensor.numel() >= tokens * LARGE[1]:
+        if tensor.numel() >= TOKENS * LARGE[1]:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         run(mlp, x)
-    return sum(storage.nbytes() for storage in storages.values()) / buffer_bytes(run, tokens)
+    return sum(storage.nbytes() for storage in storages.values()) / buffer_bytes(run)
 
 
 @pytest.fixture(scope="module")
 def table():
-    print(f"\n\nbuffers kept, in process memory    {'eager':>8} {'patched':>8}")
-    return lambda name, *kept: print(f"  {name:32} " + " ".join(f"{value:8.2f}" for value in kept))
+    rows = []
+    yield lambda *row: rows.append("{:35}{:8.2f}{:9.2f}".format(*row))
+    print("\n\nbuffers kept, by process memory       eager  patched", *rows, sep="\n")
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -153,12 +161,14 @@ def test_recompute_false_keeps_the_product_too(table):
 
 
 def gradients(mlp, run=plain, trained=None):
-    """Of everything that is trained, and the output; the same dropout mask at every call."""
+    """Of everything that is trained, after the output; the same dropout mask at every call."""
     torch.manual_seed(1)
     x = hidden_states().requires_grad_()
     out = run(mlp, x)
-    trained = trained or [x, *(parameter for parameter in mlp.parameters() if parameter.requires_grad)]
-    return [out.detach(), *torch.autograd.grad(out, trained, torch.ones_like(out))]
+    if trained is not None:
+        return [out.detach(), *torch.autograd.grad(out.sum(), trained)]
+    out.sum().backward()
+    return [out.detach(), *(tensor.grad for tensor in (x, *mlp.parameters()) if tensor.requires_grad)]
 
 
 def pair(build=llama):
@@ -197,9 +207,8 @@ def test_outer_hooks_see_everything_but_the_product():
     packed = []
     with saved_tensors_hooks(lambda tensor: packed.append(tensor.shape) or tensor.clone(), lambda tensor: tensor):
         patched(hidden_states())
-    assert sum(shape[-1] == WIDE and len(shape) == 3 for shape in packed) == 2, packed
-    # Down's weight, for the gradient of the product.
-    assert (HIDDEN, WIDE) in [tuple(shape) for shape in packed] or (WIDE, HIDDEN) in [tuple(shape) for shape in packed]
+    assert [shape[-1] for shape in packed if len(shape) == 3].count(WIDE) == 2, packed
+    assert any(set(shape) == {HIDDEN, WIDE} for shape in packed), "down's weight, for the gradient of the product"
 
 
 class ScaledInPlace(nn.Linear):
@@ -302,20 +311,24 @@ def test_second_derivatives(build):
         return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), weights)
 
     mlp, patched = pair(build)
-    for linear in (mlp, patched):
+    for module in (mlp, patched):
         # A fresh LoRA's B is zero, and so would be most of its derivatives.
         torch.manual_seed(2)
-        for parameter in linear.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.2)
-    torch.testing.assert_close(penalties(patched), penalties(mlp), rtol=1e-4, atol=1e-4)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    for result, expected in zip(penalties(patched), penalties(mlp), strict=True):
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def test_torch_compile_trains_without_our_operators():
     mlp, patched = pair()
+    graphs = []
+
+    def collect(graph, inputs):
+        graphs.append(graph)
+        return graph
+
     torch._dynamo.reset()
-    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
-    with CountedOperators() as operators:
-        results = gradients(patched, lambda _, x: compiled(x))
-    assert operators.names == []
-    torch.testing.assert_close(results, gradients(mlp))
+    compiled = torch.compile(patched, fullgraph=True, backend=collect)
+    torch.testing.assert_close(gradients(patched, lambda _, x: compiled(x)), gradients(mlp))
+    assert len(graphs) == 1 and "silu" in graphs[0].code and "hf_swiglu" not in graphs[0].code

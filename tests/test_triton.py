@@ -225,7 +225,6 @@ def test_launches_on_the_device_of_the_operands(monkeypatch):
 
 
 def test_tiles_leave_few_lanes_idle():
-    assert [kernels._tile_columns(width) for width in (3, 1536, 11008, 2**33 + 1)] == [16, 512, 2048, 2048]
     for width in range(144, 20000):
         tile = kernels._tile_columns(width)
         assert -(-width // tile) * tile <= width * 9 / 8
@@ -236,9 +235,8 @@ def _compile(target, function, *operands):
     with mock.patch.object(compiled, "_launch") as launch:
         function(*operands)
     kernel, _, tensors, *scalars = launch.call_args.args
-    arguments = (*tensors, *scalars)
     signature, constants, alignment = {}, {}, {}
-    for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+    for index, (parameter, value) in enumerate(zip(kernel.params, (*tensors, *scalars), strict=True)):
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
@@ -291,13 +289,12 @@ def test_every_kind_of_size_compiles(shape):
 @pytest.mark.parametrize("gating", GATINGS.values(), ids=GATINGS)
 def test_every_variant_compiles(gating, dtype, target):
     scalars = gating.power, list(gating[1:])
-    names = (
-        "ld.global.v4.b32 st.global.v4.b32" if target.backend == "cuda" else "global_load_dwordx4 global_store_dwordx4"
-    )
+    wide = "(ld|st).global.v4.b32" if target.backend == "cuda" else "global_(load|store)_dwordx4"
     for gated in (True, False):
         # A width that no tile divides, so that the accesses are masked.
         (gate, up), (grad_gate, grad_up), (grad, out) = (_views(gated, dtype, width=1104) for _ in range(3))
         up, grad_up = (up, grad_up) if gated else (None, None)
         forward = _compile(target, compiled.product, gate, up, out, *scalars)
         backward = _compile(target, compiled.product_backward, grad, gate, up, grad_gate, grad_up, *scalars)
-        assert set(_accesses(forward)) == set(_accesses(backward)) == set(names.split())
+        accesses = [*_accesses(forward), *_accesses(backward)]
+        assert len(accesses) == 4 and all(re.fullmatch(wide, access) for access in accesses)

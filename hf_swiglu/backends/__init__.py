@@ -7,6 +7,7 @@ import importlib.util
 from typing import NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from hf_swiglu import _ops
@@ -70,6 +71,9 @@ def unavailable(device: str) -> str | None:
         return f"there is no kernel for {device} devices"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    # 3.3 rejects a named tuple as a constexpr.
+    if Version(_triton_version()) < Version("3.4"):
+        return f"Triton {_triton_version()} is too old; the kernels need 3.4"
     if not getattr(torch, device).is_available():
         return f"PyTorch {torch.__version__} sees no {device} device"
     return None

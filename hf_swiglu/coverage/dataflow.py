@@ -37,6 +37,7 @@ class Product:
     activation: str
     argument: str
     other: str
+    inherited_from: str = ""
 
 
 @dataclass(frozen=True)

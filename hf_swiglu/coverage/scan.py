@@ -74,7 +74,7 @@ def _with_inherited(found, bases, methods) -> dict[tuple[str, str], ScannedClass
             if base not in seen:
                 inherited = products(base, seen | {key})
                 yield from (
-                    replace(product, source=f"{product.source}  (inherited from {base[1]})")
+                    replace(product, inherited_from=product.inherited_from or base[1])
                     for product in inherited
                     if product.method not in methods[key]
                 )
