@@ -3,9 +3,9 @@
     python benchmarks/kernel_times.py                       # the table, on the GPU if there is one
     python benchmarks/kernel_times.py --compile --json times.jsonl
 
-Contenders take turns, so that whatever slows the machine down slows all of them; the table shows medians. `at once` is
-ours with new memory for the results, as eager has to do it too; `into` is ours into existing memory. `bytes` is the time
-of `into` over the least that moving its bytes can take, which is 1.5 copies of a tensor forward and 2.5 backward.
+Contenders take turns, so that whatever slows the machine down slows all of them; the table shows medians. `at once`
+is ours with new memory for the results, as eager has to do it too; `into` is ours into existing memory. `bytes` is
+the time of `into` over the least that moving its bytes can take: 1.5 copies of a tensor forward, 2.5 backward.
 A result that is farther from float64 than the tests allow is an error, not a time.
 """
 

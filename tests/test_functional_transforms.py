@@ -124,6 +124,7 @@ def test_jacobians(form, name):
     inputs = operands(form, 3, 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends.SMALLEST_KERNEL, "cpu", 0)
+        patch.setitem(backends.SMALLEST_DIFFERENTIATED, "cpu", 0)
         result = transformed(name, FORMS[form][0], inputs)
     torch.testing.assert_close(result, transformed(name, FORMS[form][1], inputs))
 

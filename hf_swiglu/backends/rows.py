@@ -16,14 +16,8 @@ class Rows(NamedTuple):
     column_stride: int
 
 
-def as_rows(tensor: Tensor, flatten: bool = True) -> Rows | None:
-    """The rows of `tensor`, or None when its leading dimensions do not lie at one regular stride.
-
-    A contiguous tensor is a single row where `flatten` allows it: no row ends, nothing to step over.
-    """
-    if flatten and tensor.is_contiguous():
-        count = tensor.numel()
-        return Rows(1, count, count, 1)
+def as_rows(tensor: Tensor) -> Rows | None:
+    """The rows of `tensor`, or None when its leading dimensions do not lie at one regular stride."""
     if tensor.dim() == 0:
         return Rows(1, 1, 1, 1)
     *lead_sizes, columns = tensor.shape
@@ -42,6 +36,18 @@ def as_rows(tensor: Tensor, flatten: bool = True) -> Rows | None:
 
 def common_rows(*tensors: Tensor) -> list[Rows] | None:
     """The rows of several tensors of one shape, cut alike; None when one of them cannot be cut so."""
-    flatten = all(tensor.is_contiguous() for tensor in tensors)
-    cut = [as_rows(tensor, flatten) for tensor in tensors]
-    return None if None in cut else cut
+    if all(tensor.stride() == tensors[0].stride() for tensor in tensors) and _is_dense(tensors[0]):
+        count = tensors[0].numel()
+        return [Rows(1, count, count, 1)] * len(tensors)
+    cut = [rows for tensor in tensors if (rows := as_rows(tensor)) is not None]
+    return cut if len(cut) == len(tensors) else None
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one run of memory, in whatever order: tensors of equal strides then match up."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

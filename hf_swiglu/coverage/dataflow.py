@@ -5,15 +5,10 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-# What modeling files call an activation: torch's own functions and modules, ACT2FN, and attribute names.
-_ACTIVATION = re.compile(
-    r"(act|act_?fn|\w*activation(_?fn|_?func|_?function|s)?|act_\w+|\w+_act(_fn)?|act2fn|act2cls|elu|selu|celu|"
-    r"\w*(silu|swish|gelu|relu|mish|sigmoid|tanh|softplus|glu))\d*(tanh|_?activation)?",
-    re.IGNORECASE,
-)
-_NOT_ACTIVATION = re.compile(r"(get_(?!activation)|set_|update_|init_|is_|num_|log_?sigmoid|arctan)\w*", re.IGNORECASE)
+from hf_swiglu.coverage.scope import Scope, text_of
+
 _WHOLE_UNITS = {"F.glu", "nn.functional.glu", "torch.nn.functional.glu", "nn.GLU", "torch.nn.GLU"}
 
 # Calls that hand an activated tensor on. Any other function or child makes something new of its arguments.
@@ -24,6 +19,7 @@ _HANDS_ON = re.compile(
     r"\w*drop(out)?\d*|\w*drop_?path|\w*norm\d*|\w*identity\w*|\w*rounder\w*",
     re.IGNORECASE,
 )
+_MULTIPLIED = re.compile(r"(?<!\*)\*(?!\*)|mul|glu|act\w*\([^()]*,|_apply_gate", re.IGNORECASE)
 _MULTIPLIES = {"mul", "mul_", "multiply", "multiply_", "addcmul", "addcmul_"}
 
 
@@ -48,63 +44,18 @@ class Activated:
     argument: str
 
 
-@dataclass
-class Scope:
-    """What the names in a method stand for, where an activation or a product is behind them."""
-
-    callables: dict[str, str] = field(default_factory=dict)
-    # Module-level functions with a product inside.
-    gated_functions: dict[str, Product] = field(default_factory=dict)
-
-    @classmethod
-    def of_module(cls, tree: ast.Module) -> Scope:
-        """The aliases of activations and the functions with products at a module's top level."""
-        scope = cls()
-        for node in top_level(tree):
-            if isinstance(node, ast.FunctionDef):
-                method = _Method(node.name, scope)
-                method.run(node)
-                if method.products:
-                    scope.gated_functions[node.name] = method.products[0]
-                elif method.returned is not None:
-                    scope.callables[node.name] = method.returned.activation
-        return scope
-
-    def of_class(self, cls: ast.ClassDef) -> Scope:
-        """This scope and the attributes that the class builds from activations."""
-        scope = Scope(dict(self.callables), self.gated_functions)
-        for function in _functions(cls):
-            for node in ast.walk(function):
-                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-                    activation = self.built_from_activation(node.value)
-                    if activation:
-                        scope.callables[_text(node.targets[0])] = activation
-        return scope
-
-    def built_from_activation(self, value: ast.expr) -> str | None:
-        """The activation that `value` is, or that a container of modules built by it ends in."""
-        if isinstance(value, ast.IfExp):
-            return self.built_from_activation(value.body) or self.built_from_activation(value.orelse)
-        if isinstance(value, ast.Subscript):
-            return self.names_activation(value)
-        if isinstance(value, ast.Name | ast.Attribute):
-            return self.names_activation(value)
-        if isinstance(value, ast.Call):
-            if _text(value.func).split(".")[-1] in ("Sequential", "ModuleList"):
-                items = [item for arg in value.args for item in (arg.elts if isinstance(arg, ast.List) else [arg])]
-                return next(filter(None, map(self.built_from_activation, items)), None)
-            return self.names_activation(value.func)
-        return None
-
-    def names_activation(self, function: ast.expr) -> str | None:
-        """The activation's name when `function`, called, applies one."""
-        text = _text(function)
-        if text in self.callables:
-            return self.callables[text]
-        if isinstance(function, ast.Subscript):
-            return text if self.names_activation(function.value) else None
-        name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
-        return text if _ACTIVATION.fullmatch(name) and not _NOT_ACTIVATION.fullmatch(name) else None
+def module_scope(tree: ast.Module) -> Scope:
+    """The functions of a module that return an activated tensor, or have a product inside."""
+    scope = Scope()
+    for node in top_level(tree):
+        if isinstance(node, ast.FunctionDef):
+            method = _Method(node.name, scope)
+            method.run(node)
+            if method.products:
+                scope.gated_functions[node.name] = method.products[0].activation
+            elif method.returned is not None:
+                scope.callables[node.name] = method.returned.activation
+    return scope
 
 
 def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
@@ -117,20 +68,24 @@ def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
             pending.extend(node.body + node.orelse)
 
 
-def products_of(cls: ast.ClassDef, scope: Scope) -> Iterator[Product]:
-    """Every product of an activated tensor in the class's methods."""
+def products_of(cls: ast.ClassDef, scope: Scope, lines: list[str]) -> Iterator[Product]:
+    """Every product of an activated tensor in the class's methods; `lines` are the module's."""
     own = scope.of_class(cls)
     functions = list(_functions(cls))
     for function in functions:
+        text = "\n".join(lines[function.lineno - 1 : function.end_lineno])
+        # Most methods multiply nothing, and need no reading.
+        if not _MULTIPLIED.search(text) and not any(name in text for name in scope.gated_functions):
+            continue
         method = _Method(function.name, own)
         method.run(function)
         if function.name == "_apply_gate" and not method.products:
-            source = _text(function.body[-1])
+            source = text_of(function.body[-1])
             yield Product(function.name, function.lineno, source, "self.act_fn", "gate_up", "gate_up")
         yield from method.products
     for decorator in cls.decorator_list:
         # The decorator gives the class the default `_apply_gate`: act_fn(gate) * up.
-        text = _text(decorator)
+        text = text_of(decorator)
         overridden = any(function.name == "_apply_gate" for function in functions)
         if text.startswith("use_experts_implementation") and "has_gate=False" not in text and not overridden:
             yield Product("_apply_gate", cls.lineno, f"@{text}", "self.act_fn", "gate", "up")
@@ -207,14 +162,14 @@ class _Method(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
-        function, arguments = _text(node.func), node.args
+        function, arguments = text_of(node.func), node.args
         activation = self.scope.names_activation(node.func)
         if isinstance(node.func, ast.Attribute) and node.func.attr in _MULTIPLIES:
             factors = arguments if function.startswith("torch.") else [node.func.value, *arguments]
             for one, other in zip(factors, factors[1:], strict=False):
                 self._multiplied(node, one, other)
         elif function in self.scope.gated_functions:
-            self.products.append(self._product(node, self.scope.gated_functions[function].activation, *_texts(node)))
+            self.products.append(self._product(node, self.scope.gated_functions[function], *_texts(node)))
         elif activation in _WHOLE_UNITS or (activation and self._is_two_tensors(function, arguments)):
             written = self._as_written(node.func, activation)
             self.products.append(self._product(node, written, *_texts(node)))
@@ -224,7 +179,7 @@ class _Method(ast.NodeVisitor):
         if isinstance(node, ast.Call):
             return self._activated_by_call(node)
         if isinstance(node, ast.Name | ast.Attribute):
-            return self.holding.get(_text(node))
+            return self.holding.get(text_of(node))
         if isinstance(node, ast.Subscript):
             return self.activated(node.value)
         parts = {
@@ -238,7 +193,7 @@ class _Method(ast.NodeVisitor):
         is_method = isinstance(node.func, ast.Attribute)
         if activation:
             arguments = node.args or ([node.func.value] if is_method else [])
-            return Activated(self._as_written(node.func, activation), _text(arguments[0]) if arguments else "")
+            return Activated(self._as_written(node.func, activation), text_of(arguments[0]) if arguments else "")
         name = node.func.attr if is_method else getattr(node.func, "id", "")
         if not _HANDS_ON.fullmatch(name):
             return None
@@ -247,7 +202,7 @@ class _Method(ast.NodeVisitor):
 
     def _as_written(self, function: ast.expr, activation: str) -> str:
         # An attribute can be looked up on an instance; a local name says less than what it was made from.
-        text = _text(function)
+        text = text_of(function)
         return text if text.startswith("self.") else activation
 
     def _first(self, nodes: Iterable[ast.expr]) -> Activated | None:
@@ -259,7 +214,7 @@ class _Method(ast.NodeVisitor):
             for one, its in zip(target.elts, values, strict=False):
                 self._assign(one, its)
             return
-        name = _text(target.value if isinstance(target, ast.Subscript) else target)
+        name = text_of(target.value if isinstance(target, ast.Subscript) else target)
         held = self.activated(value)
         if held is not None:
             self.holding[name] = held
@@ -273,11 +228,11 @@ class _Method(ast.NodeVisitor):
         for one, other in ((left, right), (right, left)):
             held = self.activated(one)
             if held is not None and not _is_number(other):
-                self.products.append(self._product(node, held.activation, held.argument, _text(other)))
+                self.products.append(self._product(node, held.activation, held.argument, text_of(other)))
                 return
 
     def _product(self, node: ast.expr, activation: str, argument: str, other: str) -> Product:
-        return Product(self.name, node.lineno, _text(node), activation, argument, other)
+        return Product(self.name, node.lineno, text_of(node), activation, argument, other)
 
     def _is_two_tensors(self, function: str, arguments: list[ast.expr]) -> bool:
         is_own = function.startswith("self.") and len(arguments) == 2
@@ -285,17 +240,8 @@ class _Method(ast.NodeVisitor):
 
 
 def _texts(node: ast.Call) -> tuple[str, str]:
-    texts = [_text(argument) for argument in node.args] or [""]
+    texts = [text_of(argument) for argument in node.args] or [""]
     return texts[0], texts[-1]
-
-
-def _text(node: ast.AST) -> str:
-    # Dotted names are most of what is asked for, and ast.unparse is slow.
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
-        return f"{_text(node.value)}.{node.attr}"
-    return ast.unparse(node)
 
 
 def _is_number(node: ast.expr) -> bool:

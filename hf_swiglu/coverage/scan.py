@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from hf_swiglu.coverage.dataflow import Product, Scope, products_of, top_level
+from hf_swiglu.coverage.dataflow import Product, module_scope, products_of, top_level
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ def scan_sources(sources: dict[str, str]) -> dict[tuple[str, str], ScannedClass]
     bases: dict[tuple[str, str], list[tuple[str, str]]] = {}
     methods: dict[tuple[str, str], set[str]] = {}
     for module, source in sources.items():
-        tree = ast.parse(source)
-        scope = Scope.of_module(tree)
+        tree, lines = ast.parse(source), source.splitlines()
+        scope = module_scope(tree)
         imported = _imported_classes(tree, module)
         for cls in (node for node in top_level(tree) if isinstance(node, ast.ClassDef)):
             key = (module, cls.name)
             bases[key] = [imported.get(ast.unparse(base), (module, ast.unparse(base))) for base in cls.bases]
             methods[key] = {node.name for node in cls.body if isinstance(node, ast.FunctionDef)}
-            products = products_of(cls, scope)
+            products = tuple(products_of(cls, scope, lines))
             if products:
-                found[key] = ScannedClass(module, cls.name, tuple(products))
+                found[key] = ScannedClass(module, cls.name, products)
     return dict(sorted(_with_inherited(found, bases, methods).items()))
 
 

@@ -51,7 +51,8 @@ static void run_gathered(const Job *job, int64_t row, int64_t column, int64_t co
     for (int i = job->inputs; i < job->operands; i++) {
         const Operand *operand = &job->operand[i];
         if (at[i] == (char *)buffers[i])
-            copy_columns(address(job, operand, row, column), operand->column_stride, at[i], 1, count, job->element_size);
+            copy_columns(address(job, operand, row, column), operand->column_stride, at[i], 1, count,
+                         job->element_size);
     }
 }
 
