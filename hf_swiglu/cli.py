@@ -151,6 +151,14 @@ def run(
     return 0
 
 
+@app.command()
+def coverage() -> None:
+    """Every gated MLP of the installed transformers, and what becomes of it, as a Markdown page. Takes minutes."""
+    from hf_swiglu.coverage import census
+
+    _show(census().to_markdown())
+
+
 def _show(what: object) -> None:
     """Tables through rich, which leaves colours out of a pipe; text as it is, which rich would wrap."""
     if isinstance(what, Table):

@@ -52,6 +52,26 @@ def _value(argument):
     return argument.value() if isinstance(argument, PendingActivation) else argument
 
 
+class WaitingActivation:
+    """The activation module itself to whoever looks at it; called, it waits."""
+
+    def __init__(self, module: nn.Module, gating: Gating):
+        vars(self).update(_module=module, _gating=gating)
+
+    def __call__(self, gate: Tensor) -> PendingActivation:
+        return PendingActivation(gate, self._module, self._gating)
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._module, name, value)
+
+    @property
+    def __class__(self):
+        return type(self._module)
+
+
 def eager_members(original: type[nn.Module], found: GatedProduct) -> dict[str, object]:
     """What a fused experts class needs besides `_apply_gate`: the pending activation for its eager loop."""
     child = found.activated.child
@@ -64,7 +84,7 @@ def eager_members(original: type[nn.Module], found: GatedProduct) -> dict[str, o
         module: Any = self._modules[child]
         if torch.compiler.is_compiling() or is_needed(module, gating.power):
             return module
-        return lambda gate: PendingActivation(gate, module, gating)
+        return WaitingActivation(module, gating)
 
     # A property is found before nn.Module looks among the children, which keep the module itself.
     return {child: property(activation)}

@@ -189,7 +189,8 @@ def packed_function(gating: Gating, layout: str) -> Callable:
 
 def is_needed(activation: nn.Module, power: int) -> bool:
     """Whether the activation module itself must be called: somebody hooked it, or put another in its place."""
-    gating = GATINGS.get(type(activation))
+    # Not `type(activation)`: an experts module shows a stand-in of the same `__class__`.
+    gating = GATINGS.get(activation.__class__)
     return gating is None or gating.power != power or _is_watched(activation)
 
 

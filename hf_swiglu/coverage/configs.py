@@ -22,6 +22,18 @@ _FEW = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
 }  # fmt: skip
+# What a model type's default config leaves unset or switched off, and what few layers make impossible.
+_OVERRIDES: dict[str, dict[str, object]] = {
+    "diffusion_gemma_text": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 512},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 512},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_vl_text": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
+    "ministral": {"head_dim": 128},
+}
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "depth")
 
 
@@ -37,12 +49,15 @@ def small_config(cls: type[PretrainedConfig]) -> PretrainedConfig:
 
 def _arguments(config: PretrainedConfig, changed: dict[str, object]) -> dict[str, object]:
     """What to pass to the config's class for a config like this one, but with few layers."""
+    changed |= _OVERRIDES.get(config.model_type, {})
     values = {field.name: vars(config)[field.name] for field in fields(config) if field.name in vars(config)}
     many = max((values[name] for name in _LAYERS if type(values.get(name)) is int), default=0)
     declared = _declared(type(config))
     for name, value in values.items():
         if isinstance(value, PretrainedConfig):
             changed[name] = type(value)(**_arguments(value, _differences(value)))
+        elif name in changed:
+            continue
         elif name in _FEW and type(value) is int and value > _FEW[name]:
             changed[name] = _FEW[name]
         elif isinstance(value, list | tuple) and many > _FEW["depth"] and len(value) == many and declared.get(name):

@@ -7,12 +7,12 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, initialization
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -33,10 +33,10 @@ class Specimen:
 class Zoo:
     """What building every model type brought up."""
 
+    model_types: int
     specimens: dict[type[nn.Module], Specimen] = field(default_factory=dict)
-    # Model types (or classes) that could not be built, with the reason.
-    failures: dict[str, str] = field(default_factory=dict)
-    built: list[str] = field(default_factory=list)
+    # Model types that could not be built, with the reason.
+    unbuilt_types: dict[str, str] = field(default_factory=dict)
 
     def keep(self, model: nn.Module) -> None:
         for module in model.modules():
@@ -59,18 +59,19 @@ def import_modeling_files() -> dict[str, str]:
 
 
 def build_zoo(wanted: Iterable[type[nn.Module]]) -> Zoo:
-    """Builds each model type once, and other heads of a module while classes of it are `wanted` and missing."""
-    zoo = Zoo()
+    """Builds each model type once; for `wanted` classes that are still missing then, other models, or them alone."""
+    zoo = Zoo(len(CONFIG_MAPPING_NAMES))
     wanted = set(wanted)
     with _recorded(wanted):
         for model_type in CONFIG_MAPPING_NAMES:
-            _try(zoo, model_type, functools.partial(_build_type, zoo, model_type))
-        for cls in _other_models(wanted, zoo):
-            _try(zoo, cls.__qualname__, functools.partial(_build, zoo, cls))
+            reason = _why_not(functools.partial(_build_type, zoo, model_type))
+            if reason is not None:
+                zoo.unbuilt_types[model_type] = reason
+        for model in _other_models(wanted, zoo):
+            _why_not(functools.partial(_build, zoo, model))
         for cls in sorted(wanted - zoo.specimens.keys(), key=lambda cls: (cls.__module__, cls.__name__)):
-            _try(zoo, cls.__qualname__, functools.partial(_build_alone, zoo, cls))
+            _why_not(functools.partial(_build_alone, zoo, cls))
     return zoo
-
 
 
 @contextlib.contextmanager
@@ -99,14 +100,13 @@ def _recording(cls: type[nn.Module], original):
     return __init__
 
 
-def _try(zoo: Zoo, name: str, build) -> None:
+def _why_not(build: Callable[[], None]) -> str | None:
+    """Builds; the reason when that fails, for one model that cannot be built here must not end the census."""
     try:
         build()
     except Exception as error:
-        # One model that cannot be built here must not end the census; the page lists it.
-        zoo.failures[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    else:
-        zoo.built.append(name)
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return None
 
 
 def _build_type(zoo: Zoo, model_type: str) -> None:
@@ -176,14 +176,19 @@ def _configs_for(cls: type[nn.Module]) -> Iterator[object]:
     for config_class in sorted(named, key=lambda value: value.__name__ not in annotated):
         config = small_config(config_class)
         yield config
-        yield from (value for value in vars(config).values() if hasattr(value, "to_dict"))
+        yield from (value for value in vars(config).values() if isinstance(value, PreTrainedConfig))
+    # For classes that transformers has and never uses: they are copies of LLaMA's.
+    yield LlamaConfig()
 
 
 def _guess_arguments(cls: type[nn.Module], config: object) -> dict[str, object]:
     """By the parameters' names: the config itself, what the config calls so, or the first layer."""
     arguments = {}
     for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.default is not parameter.empty:
+        if parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
             continue
         if name == "config" or name.endswith("_config"):
             arguments[name] = config
@@ -194,7 +199,12 @@ def _guess_arguments(cls: type[nn.Module], config: object) -> dict[str, object]:
     return arguments
 
 
-_SYNONYMS = {"dim": "hidden_size", "hidden_dim": "intermediate_size", "in_features": "hidden_size", "activation": "hidden_act"}
+_SYNONYMS = {
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "in_features": "hidden_size",
+    "activation": "hidden_act",
+}
 
 
 @contextlib.contextmanager

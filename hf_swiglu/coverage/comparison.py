@@ -94,8 +94,11 @@ def _small(name: str, value: object) -> object:
         return config
     if type(value) is not int:
         return value
-    if re.fullmatch(r"(moe_)?(num_|n_)\w*experts", name):
-        return min(value, _EXPERTS)
+    if re.fullmatch(r"(moe_)?(num|n)_(local_|routed_)?experts", name):
+        return _EXPERTS
+    if value == 0 and name.endswith("intermediate_size"):
+        # A default that leaves this part of the model out.
+        return _LARGEST
     small = value
     while small > _LARGEST:
         small //= 2
@@ -106,7 +109,12 @@ def _inputs(module: nn.Module) -> list[Tensor]:
     """Inputs that the module's forward takes: found by trying the widths and the ranks that it could mean."""
     errors = []
     for width in dict.fromkeys(_widths(module)):
-        for shape in ((_TOKENS, width), (4, _TOKENS // 4, width), (4, width, _TOKENS // 4), (1, 4, _TOKENS // 4, width)):
+        for shape in (
+            (_TOKENS, width),
+            (4, _TOKENS // 4, width),
+            (4, width, _TOKENS // 4),
+            (1, 4, _TOKENS // 4, width),
+        ):
             inputs = _arguments(module, shape)
             try:
                 _run(module, inputs)
@@ -126,6 +134,7 @@ def _widths(module: nn.Module) -> Iterator[int]:
     for name in ("hidden_size", "hidden_dim", "input_size", "ffn_hidden_size"):
         if isinstance(getattr(module, name, None), int):
             yield getattr(module, name)
+    yield from (parameter.shape[-1] for parameter in module.parameters(recurse=False) if parameter.dim() > 1)
 
 
 def _arguments(module: nn.Module, shape: tuple[int, ...]) -> list[Tensor]:
@@ -137,7 +146,7 @@ def _arguments(module: nn.Module, shape: tuple[int, ...]) -> list[Tensor]:
         if re.search(r"ind(ex|ices)|selected|top_?k(?!_?weight)", parameter.name):
             # Every expert is given tokens.
             inputs.append((torch.arange(_TOKENS * _TOP_K) % _EXPERTS).view(_TOKENS, _TOP_K))
-        elif re.search(r"weights|scores|probs", parameter.name):
+        elif re.search(r"weights|scores|probs|gammas", parameter.name):
             inputs.append(torch.rand(_TOKENS, _TOP_K, generator=generator) + 0.1)
         elif parameter.default is parameter.empty:
             inputs.append(torch.randn(shape, generator=generator) * _SPREAD)

@@ -1,0 +1,149 @@
+"""The census: what becomes of every class of the source scan."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import warnings
+
+import transformers
+from torch import nn
+
+from hf_swiglu.coverage.comparison import NoComparison, why_different
+from hf_swiglu.coverage.page import DECLINED, FAILED, FUSED, NO_GATE, OTHER, Census, Row
+from hf_swiglu.coverage.rules import why_no_mlp_gate
+from hf_swiglu.coverage.scan import ScannedClass, scan
+from hf_swiglu.coverage.zoo import Specimen, Zoo, build_zoo, import_modeling_files
+from hf_swiglu.recognition import NotFusable
+from hf_swiglu.survey import Found, survey
+
+
+def census() -> Census:
+    """Scans, builds and compares everything in the installed transformers; a minute or two.
+
+    Example:
+        >>> from hf_swiglu.coverage import census
+        >>> census().totals["failed"]  # doctest: +SKIP
+        0
+    """
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # Warnings about what is missing for models that are only built, never run.
+            warnings.simplefilter("ignore")
+            return _census()
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _census() -> Census:
+    scanned = scan()
+    failures = import_modeling_files()
+    classes = {cls: entry for entry in scanned.values() if (cls := _class_of(entry)) is not None}
+    zoo = build_zoo(classes)
+    found = {type(module): result for _, module, result in survey(_named_specimens(zoo))}
+    by_key = {entry.key: cls for cls, entry in classes.items()}
+    rows = [_row(entry, by_key.get(key), zoo, found) for key, entry in scanned.items()]
+    missed = [
+        f"{cls.__module__.split('.')[-2]}.{cls.__name__}"
+        for cls, result in found.items()
+        if cls not in classes and not isinstance(result, NotFusable) and result.gating is not None
+    ]
+    return Census(
+        transformers.__version__,
+        tuple(sorted(rows, key=lambda row: (row.family, row.name))),
+        tuple(sorted(missed)),
+        dict(sorted({**failures, **zoo.unbuilt_types}.items())),
+        zoo.model_types,
+    )
+
+
+def _class_of(entry: ScannedClass) -> type[nn.Module] | None:
+    cls = getattr(sys.modules.get(entry.module), entry.name, None)
+    return cls if isinstance(cls, type) and issubclass(cls, nn.Module) else None
+
+
+def _named_specimens(zoo: Zoo) -> list[tuple[str, nn.Module]]:
+    # Whole models hold their parts, and torch's own modules have no gate.
+    return [
+        ("", specimen.module)
+        for cls, specimen in zoo.specimens.items()
+        if cls.__module__.startswith("transformers.models.") and not issubclass(cls, transformers.PreTrainedModel)
+    ]
+
+
+def _row(entry: ScannedClass, cls: type[nn.Module] | None, zoo: Zoo, found: dict[type, Found]) -> Row:
+    specimen = zoo.specimens.get(cls) if cls is not None else None
+    result = found.get(cls) if cls is not None else None
+    activation = _activation(entry, specimen)
+    fused = result is not None and not isinstance(result, NotFusable) and result.gating is not None
+    verdict, reason = _verdict(entry, specimen, result, activation)
+    if fused:
+        activation = result.activated.name
+    return Row(entry.family, entry.name, _kind(entry, result), activation, verdict, reason)
+
+
+def _verdict(entry: ScannedClass, specimen: Specimen | None, result: Found | None, activation: str) -> tuple[str, str]:
+    if result is not None and not isinstance(result, NotFusable) and result.gating is not None:
+        return _compared(specimen)
+    no_gate = why_no_mlp_gate(entry.name, entry.products)
+    if no_gate is not None:
+        return NO_GATE, no_gate
+    if specimen is None:
+        return FAILED, "no model is built with it, and it could not be built by itself"
+    if not _is_silu(activation):
+        return OTHER, f"its gate's activation is {activation}"
+    if isinstance(result, NotFusable):
+        return DECLINED, str(result)
+    return FAILED, "nothing in it was recognised"
+
+
+def _compared(specimen: Specimen) -> tuple[str, str]:
+    try:
+        difference = why_different(specimen)
+    except NoComparison as reason:
+        difference = str(reason)
+    return (FUSED, "") if difference is None else (FAILED, difference)
+
+
+def _kind(entry: ScannedClass, result: Found | None) -> str:
+    """How gate and up come, from recognition where it found them, and else from the source."""
+    if result is not None and not isinstance(result, NotFusable):
+        return result.kind
+    if entry.name.endswith("Experts"):
+        return "experts"
+    factors = " ".join(product.source for product in entry.products)
+    return "packed" if "chunk" in factors or "[" in factors or "glu(" in factors.lower() else "separate"
+
+
+def _activation(entry: ScannedClass, specimen: Specimen | None) -> str:
+    """The name of the gate's activation in the default config, looked up independently of recognition."""
+    names = dict.fromkeys(_name(product.activation, specimen) for product in entry.products)
+    for product in entry.products:
+        argument, other = product.argument, product.other
+        if "sigmoid" in product.activation and argument.startswith(f"{other} * "):
+            return f"x * sigmoid({argument.removeprefix(f'{other} * ')} x)"
+    return next((name for name in names if _is_silu(name)), next(iter(names)))
+
+
+def _is_silu(activation: str) -> bool:
+    return any(name in activation.lower() for name in ("silu", "swi", "x * sigmoid"))
+
+
+def _name(activation: str, specimen: Specimen | None) -> str:
+    """`self.act_fn` -> the class or function behind it; anything else as written, without its module."""
+    written = activation.removeprefix("self.")
+    if written == activation or specimen is None:
+        return activation if "[" in activation else activation.split(".")[-1]
+    try:
+        value = operator.attrgetter(written)(specimen.module)
+    except AttributeError:
+        return written
+    if isinstance(value, nn.Sequential):
+        value = next((child for child in reversed(value) if _is_activation(child)), value)
+    return getattr(value, "__name__", type(value).__name__)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return not list(module.parameters()) and type(module).__module__ == nn.SiLU.__module__

@@ -1,0 +1,203 @@
+"""Two processes compute what one does: every launch configuration of examples/, and tensor parallelism, over gloo."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from models import CountedOperators, tiny_llama, tokens
+from test_finetune import ROOT, SCRIPT, finetune, rows, write_text, write_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
+
+from hf_swiglu import patch_model, patch_on_load
+from hf_swiglu.fusion import FusedModule
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo")
+
+CONFIGS = ROOT / "examples" / "configs"
+
+# accelerate 1.15 ignores FSDP and DeepSpeed on CPUs, and trains with DDP instead, without a word. Told that the processes
+# have GPUs it does what it is asked to, on the CPUs that they have. What it wrapped, and what ran, is printed.
+DRIVER = """
+import os, runpy, sys
+from accelerate import Accelerator, DistributedType, PartialState
+from hf_swiglu import _ops
+
+PartialState(cpu=True)
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    from deepspeed import comm
+    comm.init_distributed("gloo", auto_mpi_discovery=False)
+if {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & os.environ.keys():
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    del os.environ["ACCELERATE_USE_CPU"]
+
+prepare, product, calls = Accelerator.prepare, _ops.product, []
+
+def show(self, *args):
+    model, optimizer = prepare(self, *args)
+    print("prepared", *sorted({cls.__name__ for module in model.modules() for cls in type(module).__mro__}))
+    return model, optimizer
+
+Accelerator.prepare = show
+_ops.product = lambda *args: calls.append(args[0].shape) or product(*args)
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("the kernel ran" if calls else "no kernel ran")
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return [
+        *("--model", write_tiny_model(folder / "model"), "--text", write_text(folder / "text.txt")),
+        *("--block", "64", "--steps", "6", "--save-every", "2", "--lr", "0.003"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_process(arguments, tmp_path_factory):
+    """The losses of one process, by its options."""
+    known = {}
+
+    def losses(*options):
+        if options not in known:
+            out = tmp_path_factory.mktemp("one") / "out"
+            assert finetune.main(list(map(str, [*arguments, *options, "--batch", "4", "--out", out]))) == 0
+            AcceleratorState._reset_state(reset_partial_state=True)
+            known[options] = rows(out)
+        return known[options]
+
+    return losses
+
+
+def launch(config: str, arguments, out: Path, *options) -> str:
+    driver = out.parent / "driver.py"
+    driver.write_text(DRIVER)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
+    script = [driver, SCRIPT, *arguments, "--batch", "2", "--out", out, *options]
+    command += ["--num_processes", "2", "--main_process_port", str(free_port()), *script]
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "FusedModule" in result.stdout and result.stdout.count("the kernel ran") == 2, result.stdout
+    return result.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def assert_same_curve(two, one):
+    assert [row["step"] for row in two] == [row["step"] for row in one]
+    for ours, expected in zip(two, one, strict=True):
+        assert ours == pytest.approx(expected, rel=1e-4)
+
+
+def reloaded_perplexity(out: Path, arguments) -> float:
+    """Of what was saved, in one process, without the plugin."""
+    folder = out / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert not any(isinstance(module, FusedModule) for module in model.modules())
+    blocks = finetune.pack([arguments[3].read_text()], tokenizer, 64)
+    _, held_out = finetune.split(blocks, finetune.parse([]), 2)
+    assert len(held_out) % 2 == 0, "each process has as many, and none is left out"
+    with torch.no_grad():
+        return model(input_ids=held_out, labels=held_out).loss.exp().item()
+
+
+def test_ddp(arguments, one_process, tmp_path):
+    out = tmp_path / "out"
+    assert "DistributedDataParallel" in launch("ddp.yaml", arguments, out)
+    assert_same_curve(rows(out), one_process())
+
+
+def test_fsdp2_and_its_checkpoints(arguments, one_process, tmp_path):
+    out = tmp_path / "out"
+    printed = launch("fsdp2.yaml", arguments, out)
+    assert "FSDPModule" in printed and "CheckpointWrapper" not in printed
+    assert_same_curve(rows(out), one_process())
+    assert reloaded_perplexity(out, arguments) == pytest.approx(rows(out)[-1]["perplexity"], rel=1e-5)
+    shard = next((out / "checkpoint-000006").rglob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    printed = launch("fsdp2.yaml", arguments, out, "--resume")
+    assert "checkpoint-000006 was cut short" in printed and "going on from" in printed
+    assert_same_curve(rows(out), one_process())
+
+
+def test_fsdp2_with_activation_checkpointing(arguments, one_process, tmp_path):
+    out = tmp_path / "out"
+    printed = launch("fsdp2_checkpointing.yaml", arguments, out)
+    assert "FSDPModule" in printed and "CheckpointWrapper" in printed
+    assert_same_curve(rows(out), one_process())
+    assert reloaded_perplexity(out, arguments) == pytest.approx(rows(out)[-1]["perplexity"], rel=1e-5)
+
+
+def test_fsdp2_with_lora(arguments, one_process, tmp_path):
+    out = tmp_path / "out"
+    printed = launch("fsdp2.yaml", arguments, out, "--lora", "4")
+    assert "FSDPModule" in printed and "LoraLayer" in printed
+    assert_same_curve(rows(out), one_process("--lora", "4"))
+    base = AutoModelForCausalLM.from_pretrained(arguments[1])
+    trained = peft.PeftModel.from_pretrained(base, out / "model")
+    assert any(parameter.abs().sum() > 0 for name, parameter in trained.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_deepspeed_zero3(arguments, one_process, tmp_path):
+    out = tmp_path / "out"
+    assert "DeepSpeedEngine" in launch("zero3.yaml", arguments, out)
+    assert_same_curve(rows(out), one_process())
+    assert reloaded_perplexity(out, arguments) == pytest.approx(rows(out)[-1]["perplexity"], rel=1e-5)
+
+
+def outputs_and_gradients(model):
+    model.train()
+    ids = tokens()
+    with CountedOperators() as operators:
+        result = model(input_ids=ids, labels=ids)
+        result.loss.backward()
+    # A sharded projection's gradient is this process's part of the whole.
+    gradients = {
+        name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+    return operators.names, result.logits.detach(), gradients
+
+
+def tensor_parallel_rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _, expected_logits, expected = outputs_and_gradients(LlamaForCausalLM.from_pretrained(folder))
+    shards = {"distributed_config": DistributedConfig(tp_plan="auto")}
+    after = LlamaForCausalLM.from_pretrained(folder, **shards)
+    patch_model(after)
+    with patch_on_load():
+        while_loading = LlamaForCausalLM.from_pretrained(folder, **shards)
+    for model in (after, while_loading):
+        assert model.model.layers[0].mlp.gate_proj.weight.to_local().shape[0] * 2 == model.config.intermediate_size
+        names, logits, gradients = outputs_and_gradients(model)
+        print(names)
+        assert names == ["product"] * 2 + ["product", "product_backward"] * 2
+        torch.testing.assert_close(logits, expected_logits)
+        torch.testing.assert_close(gradients, expected)
+    dist.destroy_process_group()
+
+
+def test_tensor_parallel_forward_and_training_step(tmp_path):
+    # Each process has half of the intermediate features, and must still reach the kernel.
+    tiny_llama(intermediate_size=2048).save_pretrained(tmp_path)
+    torch.multiprocessing.spawn(tensor_parallel_rank, (free_port(), str(tmp_path)), nprocs=2)

@@ -1,0 +1,142 @@
+"""Mixtures of experts, and the clamped members of the family, before and after fusion."""
+
+import copy
+
+import pytest
+import torch
+from models import VOCABULARY, CountedOperators
+from tolerance import assert_close_to_float64
+from torch import nn
+from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.activations import ACT2FN
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+
+from hf_swiglu import patch_model, unpatch_model
+from hf_swiglu.experts import PendingActivation
+from hf_swiglu.reference import SILU
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {"mixtral": (MixtralConfig, MixtralForCausalLM), "gpt_oss": (GptOssConfig, GptOssForCausalLM)}
+
+
+def build(name, implementation, **options):
+    config, model = MODELS[name]
+    torch.manual_seed(0)
+    built = model(config(**SIZES | options))
+    built.config._experts_implementation = implementation
+    for parameter in built.parameters():
+        # Wide enough that GPT-OSS's limits of 7 are reached.
+        nn.init.normal_(parameter, std=0.4)
+    return built
+
+
+def observe(model):
+    tokens = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    output = model(tokens, labels=tokens)
+    output.loss.backward()
+    return [output.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_compute_the_same_under_every_implementation(name, implementation):
+    model = build(name, implementation)
+    eager = observe(model)
+    # No float64 for grouped_mm; the eager loop is the same function.
+    exact_model = build(name, "eager").double()
+    exact = observe(exact_model)
+    report = patch_model(model)
+    assert [entry.kind for entry in report.fused] == ["experts"] * 2
+    with CountedOperators() as operators:
+        fused = observe(model)
+    assert {"product", "product_backward"} == set(operators.names)
+    for result, plain, reference in zip(fused, eager, exact):
+        assert_close_to_float64(result, plain, reference)
+    assert unpatch_model(model) == 2
+    with CountedOperators() as operators:
+        observe(model)
+    assert not operators.names
+
+
+def test_experts_keep_one_packed_buffer_for_backward():
+    model = build("mixtral", "batched_mm")
+    experts = model.model.layers[0].mlp.experts
+    patch_model(model)
+    packed = torch.randn(80, 2048, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        experts._apply_gate(packed)
+    assert [tensor.shape for tensor in kept] == [packed.shape]
+
+
+def test_another_activation_among_the_experts_is_named():
+    report = patch_model(build("mixtral", "eager", hidden_act="gelu"), strict=False)
+    assert not report.fused and all("GELUActivation" in entry.reason for entry in report.skipped)
+    assert len(report.skipped) == 2
+
+
+def test_limits_are_those_of_each_module():
+    def experts(limit):
+        module = Step3p7Experts.__new__(Step3p7Experts)
+        nn.Module.__init__(module)
+        module.act_fn, module.limit = ACT2FN["silu"], limit
+        module.gate_up_proj = nn.Parameter(torch.empty(1, 2, 2))
+        return module
+
+    model = nn.ModuleList([experts(0.5), experts(2.0), experts(0.5)])
+    untouched = copy.deepcopy(model)
+    report = patch_model(model)
+    assert len(report.fused) == 3
+    gate_up = torch.randn(80, 512, dtype=torch.float64) * 4
+    for module, plain in zip(model, untouched):
+        torch.testing.assert_close(module._apply_gate(gate_up), plain._apply_gate(gate_up))
+
+
+def pending():
+    gate = torch.randn(40, 8, requires_grad=True)
+    return gate, PendingActivation(gate, nn.SiLU(), SILU)
+
+
+def test_a_pending_activation_stands_for_its_value_everywhere():
+    gate, waiting = pending()
+    silu = nn.functional.silu(gate)
+    up = torch.randn(40, 8)
+    for result, expected in (
+        (waiting * up, silu * up),
+        (up * waiting, silu * up),
+        (torch.mul(up, waiting), silu * up),
+        (waiting * 2.0, silu * 2.0),
+        (torch.add(up, waiting), up + silu),
+        (waiting.sum(), silu.sum()),
+        (torch.exp(waiting), silu.exp()),
+        (up - waiting, up - silu),
+    ):
+        torch.testing.assert_close(result, expected)
+    assert waiting.shape == gate.shape
+
+
+def test_a_hook_on_the_experts_activation_still_fires():
+    model = build("mixtral", "eager")
+    seen = []
+    expected = observe(model)
+    patch_model(model)
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts, MixtralExperts)
+    experts.act_fn.register_forward_hook(lambda module, args, output: seen.append(output))
+    with CountedOperators():
+        torch.testing.assert_close(observe(model)[0], expected[0])
+    assert seen

@@ -1,0 +1,195 @@
+"""Patching while models are built, and running scripts so."""
+
+import sys
+import threading
+
+import pytest
+import torch
+import transformers
+from models import SIZES, tiny_gpt2, tiny_llama, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlavaConfig
+
+from hf_swiglu import patch_on_load, unpatch_model
+from hf_swiglu.fusion import FusedModule
+from hf_swiglu.loading import run
+
+BASE = transformers.PreTrainedModel
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    before = BASE.__init__, BASE.post_init
+    yield
+    assert (BASE.__init__, BASE.post_init) == before
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("llama"))
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+def fused(model):
+    return sum(isinstance(module, FusedModule) for module in model.modules())
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}, {"dtype": torch.bfloat16}], ids=str)
+def test_from_pretrained(checkpoint, options):
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+    with patch_on_load(verify=True) as reports:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+    assert fused(model) == 2 and fused(plain) == 0
+    assert [entry.name for entry in reports[0].fused] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    torch.testing.assert_close(model(tokens()).logits, plain(tokens()).logits, rtol=2e-2, atol=2e-2)
+    assert fused(AutoModelForCausalLM.from_pretrained(checkpoint)) == 0
+
+
+def test_constructors_and_from_config():
+    with patch_on_load() as reports:
+        built = LlamaForCausalLM(LlamaConfig(**SIZES))
+        configured = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
+    assert fused(built) == fused(configured) == 2 and len(reports) == 2
+    assert unpatch_model(built) == 2
+
+
+def test_a_model_class_of_the_users_own():
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1, self.w3, self.w2 = nn.Linear(8, 32), nn.Linear(8, 32), nn.Linear(32, 8)
+
+        def forward(self, x):
+            return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+    class Model(BASE):
+        config_class = LlamaConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.mlp = Mlp()
+
+    class Tidy(Model):
+        def __init__(self, config):
+            super().__init__(config)
+            self.post_init()
+
+    with patch_on_load() as reports:
+        models = [Tidy(LlamaConfig(**SIZES)), Model(LlamaConfig(**SIZES))]
+    assert [fused(model) for model in models] == [1, 1] and len(reports) == 2
+
+
+def test_peft_from_pretrained(checkpoint, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    get_peft_model(base, LoraConfig(target_modules=["gate_proj", "down_proj"])).save_pretrained(tmp_path)
+    with patch_on_load():
+        base = AutoModelForCausalLM.from_pretrained(checkpoint)
+        model = PeftModel.from_pretrained(base, tmp_path)
+    assert fused(model) == 2
+
+
+def test_swapping_at_load_is_the_configs_swap(checkpoint):
+    by_config = AutoModelForCausalLM.from_pretrained(checkpoint, hidden_act="swiglu")
+    with patch_on_load(activation="swiglu"):
+        swapped = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert swapped.config.hidden_act == "swiglu" and fused(swapped) == 2
+    torch.testing.assert_close(swapped(tokens()).logits, by_config(tokens()).logits)
+
+
+def test_nested_contexts_use_their_own_options():
+    config = LlamaConfig(**SIZES)
+    with patch_on_load() as outer:
+        with patch_on_load(only="model.layers.0.mlp") as inner:
+            first = LlamaForCausalLM(config)
+        second = LlamaForCausalLM(config)
+    assert (fused(first), fused(second)) == (1, 2)
+    assert (len(inner), len(outer)) == (1, 1)
+
+
+def test_another_thread_is_not_affected():
+    built = []
+    with patch_on_load(strict=False):
+        thread = threading.Thread(target=lambda: built.append(tiny_llama()))
+        thread.start()
+        thread.join()
+    assert fused(built[0]) == 0
+
+
+def test_an_exception_inside_comes_through():
+    with pytest.raises(ZeroDivisionError), patch_on_load():
+        raise ZeroDivisionError
+
+
+def test_a_constructor_that_fails_does_not_spoil_the_next():
+    with patch_on_load() as reports:
+        with pytest.raises(Exception, match="heads|divisible|size"):
+            LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": -1}))
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    assert fused(model) == 2 and len(reports) == 1
+
+
+@pytest.mark.parametrize("build, message", [(tiny_gpt2, "nothing was fused"), (lambda: None, "no transformers")])
+def test_nothing_fused_is_an_error(build, message):
+    with pytest.raises(ValueError, match=message), patch_on_load():
+        build()
+    with patch_on_load(strict=False):
+        build()
+
+
+def test_unknown_options_and_patterns():
+    with pytest.raises(TypeError, match="unknown option colour; the options are activation"), patch_on_load(colour=1):
+        pass
+    with pytest.raises(ValueError, match="matches no module name"), patch_on_load(only="Nothing"):
+        tiny_llama()
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers, "fusion_mapping") and "fusion_config" not in BASE.from_pretrained.__code__.co_varnames,
+    reason="this transformers has no fusion_config",
+)
+def test_fusion_config(checkpoint):
+    from transformers.monkey_patching import clear_patch_mapping
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, fusion_config={"swiglu": True})
+        assert fused(model) == 2
+        # The mapping is by class name and lasts; a GELU-gated configuration of the class must stay what it is.
+        gelu = AutoModelForCausalLM.from_pretrained(checkpoint, hidden_act="gelu", fusion_config={"swiglu": True})
+        assert fused(gelu) == 0
+    finally:
+        clear_patch_mapping()
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint)
+    torch.testing.assert_close(model(tokens()).logits, plain(tokens()).logits)
+    assert unpatch_model(model) == 2
+
+
+SCRIPT = """
+import sys
+from transformers import LlamaConfig, LlamaForCausalLM
+model = LlamaForCausalLM(LlamaConfig(**{sizes}))
+print(__name__, sys.argv[1:], type(model.model.layers[0].mlp).__bases__[0].__name__)
+"""
+
+
+def test_run_executes_a_script_as_python_would(tmp_path, capsys, monkeypatch):
+    script = tmp_path / "train_somebody.py"
+    script.write_text(SCRIPT.format(sizes=SIZES))
+    before = list(sys.argv), list(sys.path)
+    reports = run(str(script), ["--epochs", "3"])
+    assert capsys.readouterr().out == "__main__ ['--epochs', '3'] FusedModule\n"
+    monkeypatch.chdir(tmp_path)
+    run("train_somebody", ["x"], module=True)
+    assert capsys.readouterr().out == "__main__ ['x'] FusedModule\n"
+    assert len(reports[0].fused) == 2 and (sys.argv, sys.path) == before
+    with pytest.raises(FileNotFoundError, match=r"there is no script 'nowhere.py'"):
+        run("nowhere.py")
+
+
+def test_composite_models_are_reported_once():
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlavaConfig(text_config=LlamaConfig(**SIZES), vision_config={"model_type": "clip_vision_model", **vision})
+    with patch_on_load() as reports:
+        model = transformers.LlavaForConditionalGeneration(config)
+    assert fused(model) == 2 and len(reports) == 1
