@@ -33,8 +33,12 @@ class InputError(Exception):
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     number = {"type": int, "metavar": "N"}
-    parser.add_argument("--model", default=models.PACKAGED, help="Hub id, folder or .gguf file; default: the packaged SmolLM2")
-    parser.add_argument("--text", nargs="+", type=Path, help="text files, or folders of .txt files; default: Shakespeare")
+    parser.add_argument(
+        "--model", default=models.PACKAGED, help="Hub id, folder or .gguf file; default: the packaged SmolLM2"
+    )
+    parser.add_argument(
+        "--text", nargs="+", type=Path, help="text files, or folders of .txt files; default: Shakespeare"
+    )
     parser.add_argument("--out", type=Path, default=Path("finetuned"), help="folder of this run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
     parser.add_argument("--patch", action=argparse.BooleanOptionalAction, default=True, help="fuse the model's MLPs")
@@ -44,7 +48,9 @@ def parse(arguments):
     parser.add_argument("--accumulate", default=1, help="forwards in one step", **number)
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
     parser.add_argument("--lora", default=0, help="train LoRA adapters of this rank instead of all weights", **number)
-    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], help="default: what accelerate is configured for")
+    parser.add_argument(
+        "--precision", choices=["no", "bf16", "fp16"], help="default: what accelerate is configured for"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument("--save-every", default=20, help="steps between evaluations and checkpoints", **number)
     parser.add_argument("--compare", nargs="+", type=Path, default=[], help="other runs' folders to draw in loss.png")
@@ -131,7 +137,9 @@ def load_model(options):
     model, tokenizer = models.load(models.resolve(options.model), torch.device("cpu"))
     longest = getattr(model.config, "max_position_embeddings", options.block)
     if options.block > longest:
-        raise InputError(f"--block {options.block} is longer than the {longest} tokens that {options.model} was built for")
+        raise InputError(
+            f"--block {options.block} is longer than the {longest} tokens that {options.model} was built for"
+        )
     model.config.use_cache = False
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -141,7 +149,9 @@ def load_model(options):
 def add_lora(model, rank: int):
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
 
 
 @torch.no_grad()
