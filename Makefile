@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTHON_FILES := setup.py hf_swiglu tests examples benchmarks
 
 .PHONY: demo test check coverage bench clean
 
@@ -14,7 +15,7 @@ test: $(READY)
 
 check: $(READY)
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/mypy
 
 coverage: $(READY)

@@ -10,6 +10,7 @@ the peak of the tensors that forward and backward allocate, without weights and 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -35,7 +36,7 @@ def timed_step(model, optimizer, tokens: Tensor) -> list[float]:
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     times.append(now(tokens.device))
-    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)] + [times[-1] - times[0]]
+    return [later - earlier for earlier, later in itertools.pairwise(times)] + [times[-1] - times[0]]
 
 
 def now(device: torch.device) -> float:

@@ -33,12 +33,8 @@ class InputError(Exception):
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     number = {"type": int, "metavar": "N"}
-    parser.add_argument(
-        "--model", default=models.PACKAGED, help="Hub id, folder or .gguf file; default: the packaged SmolLM2"
-    )
-    parser.add_argument(
-        "--text", nargs="+", type=Path, help="text files, or folders of .txt files; default: Shakespeare"
-    )
+    parser.add_argument("--model", default=models.PACKAGED, help="Hub id, folder or .gguf file; default: SmolLM2")
+    parser.add_argument("--text", nargs="+", type=Path, help="files, or folders of .txt files; default: Shakespeare")
     parser.add_argument("--out", type=Path, default=Path("finetuned"), help="folder of this run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
     parser.add_argument("--patch", action=argparse.BooleanOptionalAction, default=True, help="fuse the model's MLPs")
@@ -48,17 +44,15 @@ def parse(arguments):
     parser.add_argument("--accumulate", default=1, help="forwards in one step", **number)
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
     parser.add_argument("--lora", default=0, help="train LoRA adapters of this rank instead of all weights", **number)
-    parser.add_argument(
-        "--precision", choices=["no", "bf16", "fp16"], help="default: what accelerate is configured for"
-    )
+    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], help="default: as accelerate is configured")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument("--save-every", default=20, help="steps between evaluations and checkpoints", **number)
     parser.add_argument("--compare", nargs="+", type=Path, default=[], help="other runs' folders to draw in loss.png")
     parser.add_argument("--seed", default=0, **number)
     options = parser.parse_args(arguments)
-    for name in ("steps", "block", "batch", "accumulate", "save_every"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name, least in {"steps": 1, "block": 1, "batch": 1, "accumulate": 1, "save_every": 1, "lora": 0}.items():
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     return options
 
 
@@ -104,7 +98,7 @@ def pack(texts: list[str], tokenizer, block: int) -> torch.Tensor:
 
 def split(blocks: torch.Tensor, options, processes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks to train on, and the last twentieth to evaluate on."""
-    held_out = max(processes, min(len(blocks) // 20, 64))
+    held_out = max(processes, min(len(blocks) // 20, 16))
     needed = held_out + options.batch * options.accumulate * processes
     if len(blocks) < needed:
         raise InputError(
@@ -166,7 +160,7 @@ def perplexity(model, blocks: torch.Tensor, options, accelerator) -> float:
 
 
 def save_checkpoint(accelerator, out: Path, step: int) -> None:
-    """The list of files and their sizes is written last: without it, or with another size, a checkpoint was cut short."""
+    """The files' sizes are written last: where they are missing, or differ, the checkpoint was cut short."""
     folder = out / f"checkpoint-{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -208,7 +202,7 @@ def read_losses(folder: Path) -> list[dict]:
 
 
 def start_log(out: Path, done: int):
-    """`losses.jsonl`, ready for the lines after step `done`: what a killed run logged after its checkpoint is dropped."""
+    """`losses.jsonl` up to step `done`: what a killed run logged after its last checkpoint is dropped."""
     kept = [row for row in read_losses(out) if row["step"] <= done]
     log = (out / "losses.jsonl").open("w", buffering=1)
     log.writelines(json.dumps(row) + "\n" for row in kept)

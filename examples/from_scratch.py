@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_swiglu import patch_model
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 ACTIVATIONS = ["swiglu", "silu", "gelu", "relu"]
 BLOCK, BATCH = 128, 16

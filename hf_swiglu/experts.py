@@ -67,7 +67,7 @@ class WaitingActivation:
     def __setattr__(self, name: str, value: object) -> None:
         setattr(self._module, name, value)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self):
         return type(self._module)
 

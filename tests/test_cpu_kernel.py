@@ -57,6 +57,7 @@ def scalars(gating):
 
 def kernel(gate, up, grad, gating):
     """Outputs start as NaN, so that what is not written cannot pass."""
+
     def fresh():
         return torch.full(gate.shape, math.nan, dtype=gate.dtype)
 

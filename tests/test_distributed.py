@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTor
 
 CONFIGS = ROOT / "examples" / "configs"
 
-# accelerate 1.15 ignores FSDP and DeepSpeed on CPUs, and trains with DDP instead, without a word. Told that the processes
-# have GPUs it does what it is asked to, on the CPUs that they have. What it wrapped, and what ran, is printed.
+# accelerate 1.15 ignores FSDP and DeepSpeed on CPUs, and trains with DDP instead, without a word. Told that there are
+# GPUs it does what it is asked to, on the CPUs that it has. What it wrapped, and what ran, is printed.
 DRIVER = """
 import os, runpy, sys
 from accelerate import Accelerator, DistributedType, PartialState
@@ -190,7 +190,6 @@ def tensor_parallel_rank(rank: int, port: int, folder: str) -> None:
     for model in (after, while_loading):
         assert model.model.layers[0].mlp.gate_proj.weight.to_local().shape[0] * 2 == model.config.intermediate_size
         names, logits, gradients = outputs_and_gradients(model)
-        print(names)
         assert names == ["product"] * 2 + ["product", "product_backward"] * 2
         torch.testing.assert_close(logits, expected_logits)
         torch.testing.assert_close(gradients, expected)

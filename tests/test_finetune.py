@@ -216,7 +216,7 @@ BAD = {
     no_text_at_all: "cannot read the text",
     unknown_model: "does not exist",
     no_model_in_the_folder: "cannot load",
-    block_beyond_the_context: "longer than the 2048 tokens",
+    block_beyond_the_context: "longer than the 2048 tokens that",
     batch_beyond_the_text: "smaller --batch",
     folder_below_a_file: "is not a folder that you may write to",
     comparison_with_nothing: "no losses.jsonl",

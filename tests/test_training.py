@@ -1,4 +1,4 @@
-"""Training patched equals training unpatched: a plain loop, transformers' Trainer, TRL's SFTTrainer; and from scratch."""
+"""Training patched equals training unpatched: a plain loop, transformers' Trainer, TRL's SFTTrainer."""
 
 import importlib
 import sys

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, get_num_threads
 
-from hf_swiglu.backends import _cpu_kernels
+from hf_swiglu.backends import _cpu_kernels  # type: ignore[attr-defined]
 from hf_swiglu.backends.rows import common_rows
 
 # The order of the enumeration in csrc/kernels.h.

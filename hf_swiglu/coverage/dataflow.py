@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_swiglu.coverage.scope import Scope, text_of
 
@@ -19,7 +20,8 @@ _HANDS_ON = re.compile(
     r"\w*drop(out)?\d*|\w*drop_?path|\w*norm\d*|\w*identity\w*|\w*rounder\w*",
     re.IGNORECASE,
 )
-_MULTIPLIED = re.compile(r"(?<!\*)\*(?!\*)|mul|glu|act\w*\([^()]*,|_apply_gate", re.IGNORECASE)
+_MULTIPLIED = re.compile(r"(?<!\*)\*(?!\*)|mul|glu|act\w*\(|_apply_gate", re.IGNORECASE)
+_SPLITS = re.compile(r"chunk\(|split\(|unbind\(|glu\(|\[\.\.\., [^\]]*[:01]|_state\[[01]\]", re.IGNORECASE)
 _MULTIPLIES = {"mul", "mul_", "multiply", "multiply_", "addcmul", "addcmul_"}
 
 
@@ -33,6 +35,8 @@ class Product:
     activation: str
     argument: str
     other: str
+    # Whether the method cuts some tensor in two.
+    splits: bool = False
     inherited_from: str = ""
 
 
@@ -82,7 +86,7 @@ def products_of(cls: ast.ClassDef, scope: Scope, lines: list[str]) -> Iterator[P
         if function.name == "_apply_gate" and not method.products:
             source = text_of(function.body[-1])
             yield Product(function.name, function.lineno, source, "self.act_fn", "gate_up", "gate_up")
-        yield from method.products
+        yield from (replace(product, splits=bool(_SPLITS.search(text))) for product in method.products)
     for decorator in cls.decorator_list:
         # The decorator gives the class the default `_apply_gate`: act_fn(gate) * up.
         text = text_of(decorator)
@@ -166,7 +170,7 @@ class _Method(ast.NodeVisitor):
         activation = self.scope.names_activation(node.func)
         if isinstance(node.func, ast.Attribute) and node.func.attr in _MULTIPLIES:
             factors = arguments if function.startswith("torch.") else [node.func.value, *arguments]
-            for one, other in zip(factors, factors[1:], strict=False):
+            for one, other in itertools.pairwise(factors):
                 self._multiplied(node, one, other)
         elif function in self.scope.gated_functions:
             self.products.append(self._product(node, self.scope.gated_functions[function], *_texts(node)))

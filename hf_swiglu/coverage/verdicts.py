@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import operator
 import sys
+import types
 import warnings
+from collections.abc import Container
 
+import torch
 import transformers
 from torch import nn
 
@@ -17,6 +21,9 @@ from hf_swiglu.coverage.zoo import Specimen, Zoo, build_zoo, import_modeling_fil
 from hf_swiglu.recognition import NotFusable
 from hf_swiglu.survey import Found, survey
 
+# The gated linear unit of Dauphin et al. (2016), in one call of PyTorch's.
+_GLU = "sigmoid (GLU)"
+
 
 def census() -> Census:
     """Scans, builds and compares everything in the installed transformers; a minute or two.
@@ -26,8 +33,10 @@ def census() -> Census:
         >>> census().totals["failed"]  # doctest: +SKIP
         0
     """
-    verbosity = transformers.logging.get_verbosity()
+    verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    # The comparisons are small, and waking a second thread takes longer than what it would do.
+    torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
             # Warnings about what is missing for models that are only built, never run.
@@ -35,6 +44,7 @@ def census() -> Census:
             return _census()
     finally:
         transformers.logging.set_verbosity(verbosity)
+        torch.set_num_threads(threads)
 
 
 def _census() -> Census:
@@ -42,7 +52,7 @@ def _census() -> Census:
     failures = import_modeling_files()
     classes = {cls: entry for entry in scanned.values() if (cls := _class_of(entry)) is not None}
     zoo = build_zoo(classes)
-    found = {type(module): result for _, module, result in survey(_named_specimens(zoo))}
+    found = _surveyed(zoo, classes)
     by_key = {entry.key: cls for cls, entry in classes.items()}
     rows = [_row(entry, by_key.get(key), zoo, found) for key, entry in scanned.items()]
     missed = [
@@ -64,13 +74,24 @@ def _class_of(entry: ScannedClass) -> type[nn.Module] | None:
     return cls if isinstance(cls, type) and issubclass(cls, nn.Module) else None
 
 
-def _named_specimens(zoo: Zoo) -> list[tuple[str, nn.Module]]:
-    # Whole models hold their parts, and torch's own modules have no gate.
-    return [
+def _surveyed(zoo: Zoo, classes: Container[type[nn.Module]]) -> dict[type[nn.Module], Found]:
+    """What recognition finds in the classes of the scan, and in every other that multiplies anything at all."""
+    specimens = [
         ("", specimen.module)
         for cls, specimen in zoo.specimens.items()
-        if cls.__module__.startswith("transformers.models.") and not issubclass(cls, transformers.PreTrainedModel)
+        if cls in classes or (cls.__module__.startswith("transformers.models.") and _multiplies(cls))
     ]
+    return {type(module): result for _, module, result in survey(specimens)}
+
+
+def _multiplies(cls: type[nn.Module]) -> bool:
+    # A trace takes long with all of transformers imported; most classes can be told from their bytecode.
+    functions = [function for function in vars(cls).values() if isinstance(function, types.FunctionType)]
+    return any(
+        instruction.argrepr in ("*", "*=") or instruction.argval in ("mul", "multiply", "mul_")
+        for function in functions
+        for instruction in dis.get_instructions(function)
+    )
 
 
 def _row(entry: ScannedClass, cls: type[nn.Module] | None, zoo: Zoo, found: dict[type, Found]) -> Row:
@@ -113,8 +134,7 @@ def _kind(entry: ScannedClass, result: Found | None) -> str:
         return result.kind
     if entry.name.endswith("Experts"):
         return "experts"
-    factors = " ".join(product.source for product in entry.products)
-    return "packed" if "chunk" in factors or "[" in factors or "glu(" in factors.lower() else "separate"
+    return "packed" if any(product.splits for product in entry.products) else "separate"
 
 
 def _activation(entry: ScannedClass, specimen: Specimen | None) -> str:
@@ -128,21 +148,22 @@ def _activation(entry: ScannedClass, specimen: Specimen | None) -> str:
 
 
 def _is_silu(activation: str) -> bool:
-    return any(name in activation.lower() for name in ("silu", "swi", "x * sigmoid"))
+    return any(name in activation.lower() for name in ("silu", "swish", "swiglu", "x * sigmoid"))
 
 
 def _name(activation: str, specimen: Specimen | None) -> str:
     """`self.act_fn` -> the class or function behind it; anything else as written, without its module."""
     written = activation.removeprefix("self.")
     if written == activation or specimen is None:
-        return activation if "[" in activation else activation.split(".")[-1]
+        name = activation if "[" in activation else activation.split(".")[-1]
+        return _GLU if name.lower() == "glu" else name
     try:
         value = operator.attrgetter(written)(specimen.module)
     except AttributeError:
         return written
     if isinstance(value, nn.Sequential):
         value = next((child for child in reversed(value) if _is_activation(child)), value)
-    return getattr(value, "__name__", type(value).__name__)
+    return _GLU if isinstance(value, nn.GLU) else getattr(value, "__name__", type(value).__name__)
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -211,5 +211,5 @@ _SYNONYMS = {
 def _meta() -> Iterator[None]:
     # transformers has models that read values of what they make with linspace; its own context makes that safe.
     safe = getattr(initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)
-    with torch.device("meta"), safe():
+    with torch.device("meta"), safe(), initialization.no_init_weights():
         yield
