@@ -38,7 +38,7 @@ def parse(arguments):
     parser.add_argument("--out", type=Path, default=Path("finetuned"), help="folder of this run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
     parser.add_argument("--patch", action=argparse.BooleanOptionalAction, default=True, help="fuse the model's MLPs")
-    parser.add_argument("--steps", default=60, **number)
+    parser.add_argument("--steps", default=40, **number)
     parser.add_argument("--block", default=128, help="tokens in one sequence", **number)
     parser.add_argument("--batch", default=4, help="sequences in one forward of one process", **number)
     parser.add_argument("--accumulate", default=1, help="forwards in one step", **number)

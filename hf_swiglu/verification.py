@@ -60,7 +60,9 @@ def _compare_classes(module, original, fused, found, set_class) -> None:
 def _probe(module: nn.Module, found: GatedProduct) -> Tensor:
     """A random input of the module's forward, or of an experts module's `_apply_gate`."""
     tensors = [*module.parameters(), *module.buffers()]
-    if any(tensor.is_meta for tensor in tensors) and "_old_forward" not in vars(module):
+    # accelerate's hooks bring offloaded weights in, which lie on the meta device between calls.
+    hooked = any("_old_forward" in vars(child) for child in module.modules())
+    if any(tensor.is_meta for tensor in tensors) and not hooked:
         raise ValueError("patch_model: verify=True runs the model's MLPs, but its weights are on the meta device")
     floating = [tensor for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta]
     like = floating[0] if floating else torch.empty(0)

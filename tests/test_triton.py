@@ -90,7 +90,7 @@ LAYOUTS = {
     "interleaved": lambda new: new(5, 300, 2).unbind(-1),
     "padded rows": lambda new: (new(5, 333)[:, :301], new(5, 320)[:, 3:304]),
     "transposed": lambda new: (new(301, 5).t(), new(301, 5).t()),
-    "irregular": lambda new: (new(4, 3, 50).transpose(0, 1), new(4, 3, 50).transpose(0, 1)),
+    "irregular": lambda new: (new(4, 3, 50).transpose(0, 1), new(3, 4, 50)),
     "scalar": lambda new: (new(2)[0], new(2)[1]),
 }
 

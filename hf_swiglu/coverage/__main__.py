@@ -1,7 +1,10 @@
-"""`python -m hf_swiglu.coverage > docs/coverage.md`"""
+"""`python -m hf_swiglu.coverage > docs/coverage.md`; what could not be built goes to stderr."""
 
 import sys
 
 from hf_swiglu.coverage import census
 
-sys.stdout.write(census().to_markdown())
+taken = census()
+sys.stdout.write(taken.to_markdown())
+for name, reason in taken.unbuilt.items():
+    print(f"not built: {name}: {reason}", file=sys.stderr)

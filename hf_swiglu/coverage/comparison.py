@@ -41,24 +41,30 @@ def why_different(specimen: Specimen) -> str | None:
     module = _small_instance(specimen)
     _choose(module, "eager")
     inputs = _inputs(module)
+    exact = _run(copy.deepcopy(module).double(), [x.double() if x.is_floating_point() else x for x in inputs])
+    fused_module = copy.deepcopy(module)
+    if not patch_model(fused_module, strict=False).fused:
+        return "its small instance is not fused"
     for implementation in _implementations(module):
         _choose(module, implementation)
-        exact_module = copy.deepcopy(module).double()
-        _choose(exact_module, "eager")
-        fused_module = copy.deepcopy(module)
-        if not patch_model(fused_module, strict=False).fused:
-            return "its small instance is not fused"
+        _choose(fused_module, implementation)
         eager = _run(module, inputs)
-        exact = _run(exact_module, [x.double() if x.is_floating_point() else x for x in inputs])
         with _kernels_at_every_size(), _KernelCalls() as calls:
             fused = _run(fused_module, inputs)
         if calls.count == 0 and backends.unavailable("cpu") is None:
             return f"no kernel ran under {implementation}"
-        for name, result in fused.items():
-            error = _root_mean_square(result.double() - exact[name])
-            allowed = _RATIO * _root_mean_square(eager[name].double() - exact[name]) + _FLOOR
-            if not error <= allowed:
-                return f"{name} under {implementation}: error {error:.1e}, {allowed:.1e} allowed"
+        difference = _why_worse(fused, eager, exact)
+        if difference is not None:
+            return f"{difference} under {implementation}"
+    return None
+
+
+def _why_worse(fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> str | None:
+    for name, result in fused.items():
+        error = _root_mean_square(result.double() - exact[name])
+        allowed = _RATIO * _root_mean_square(eager[name].double() - exact[name]) + _FLOOR
+        if not error <= allowed:
+            return f"{name}: error {error:.1e}, {allowed:.1e} allowed"
     return None
 
 
