@@ -211,9 +211,9 @@ def taken(both):
     return both[0].result()
 
 
-@pytest.mark.xfail(reason="JetMoeMoE and one class under its eager loop have no verdict yet", strict=False)
-def test_census_leaves_no_class_without_a_verdict(taken):
-    assert [row for row in taken.rows if row.verdict == FAILED] == []
+def test_census_has_no_other_faults_than_the_known_ones(taken):
+    # Faults to be mended: the first is not recognised at all, the second is not fused in its eager loop.
+    assert [row.name for row in taken.rows if row.verdict == FAILED] == ["JetMoeMoE", "Lfm2MoeExperts"]
 
 
 def test_census_accounts_for_every_class_of_the_scan(both, taken):
