@@ -19,7 +19,7 @@ from torch.nn.modules import module as nn_module
 
 from hf_swiglu import functional, reference
 from hf_swiglu.patterns import GATINGS
-from hf_swiglu.recognition import GatedProduct
+from hf_swiglu.recognition import GatedProduct, Product
 from hf_swiglu.recompute import project
 from hf_swiglu.reference import Gating
 
@@ -30,7 +30,7 @@ class FusedModule(nn.Module):
     A pickle therefore loads on a machine without hf_swiglu, unfused; `patch_model` fuses it again.
     """
 
-    found: GatedProduct
+    found: Product
 
     def __setattr__(self, name: str, value: object) -> None:
         # The fused method was made for the old value. The original reads the new one; patching again fuses it anew.
@@ -71,7 +71,7 @@ _fused_classes: dict[tuple, type[nn.Module]] = {}
 
 def fused_class(
     original: type[nn.Module],
-    found: GatedProduct,
+    found: Product,
     recompute: bool = True,
     members: Mapping[str, object] = MappingProxyType({}),
 ) -> type[nn.Module]:
@@ -79,17 +79,21 @@ def fused_class(
 
     With `recompute`, a module that takes the product alone keeps it out of the graph: see `recompute.project`.
     """
-    source, functions = _generate(found, recompute)
-    key = (original, source, *functions.values())
+    if isinstance(found, GatedProduct):
+        source, functions = _generate(found, recompute)
+        key: tuple = (original, source, *functions.values())
+    else:
+        source, functions, key = "", {}, (original, found)
     if key not in _fused_classes:
         defined = {
             **members,
-            found.method: _compile(source, functions, original, found.method),
             "found": found,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
         }
+        if source:
+            defined[found.method] = _compile(source, functions, original, found.method)
         metaclass = type(original)
         _fused_classes[key] = metaclass(original.__name__, (FusedModule, original), defined)  # type: ignore[misc]
     return _fused_classes[key]
@@ -189,12 +193,12 @@ def packed_function(gating: Gating, layout: str) -> Callable:
 
 def is_needed(activation: nn.Module, power: int) -> bool:
     """Whether the activation module itself must be called: somebody hooked it, or put another in its place."""
-    # Not `type(activation)`: an experts module shows a stand-in of the same `__class__`.
+    # Not `type(activation)`: it may be a `WaitingActivation`, which shows the `__class__` of what waits.
     gating = GATINGS.get(activation.__class__)
-    return gating is None or gating.power != power or _is_watched(activation)
+    return gating is None or gating.power != power or is_watched(activation)
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class's forward: hooks, or a forward of its own."""
     return bool(
         module._forward_hooks
@@ -208,4 +212,4 @@ def _is_watched(module: nn.Module) -> bool:
 
 def _is_fresh(projection: nn.Module) -> bool:
     """Whether the projection's output is new memory that nobody else can have kept."""
-    return type(projection) is nn.Linear and not _is_watched(projection)
+    return type(projection) is nn.Linear and not is_watched(projection)

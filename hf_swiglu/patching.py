@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from hf_swiglu import swapping, verification
-from hf_swiglu.experts import eager_members
 from hf_swiglu.fusion import FusedModule, fused_class, original_class
-from hf_swiglu.recognition import GatedProduct, NotFusable
+from hf_swiglu.recognition import NotFusable, Product
 from hf_swiglu.report import ALREADY_FUSED, FUSED, SKIPPED, Entry, PatchReport
 from hf_swiglu.survey import Found, choose, survey
+from hf_swiglu.waiting import waiting_members
 
 
 def patch_model(
@@ -74,7 +74,7 @@ def patch_model(
         plan = [
             (module, fused(type(module), found, recompute), found)
             for name, module, found in surveyed
-            if name in names and isinstance(found, GatedProduct)
+            if name in names and not isinstance(found, NotFusable)
         ]
         if verify:
             verification.compare(plan, set_class)
@@ -119,9 +119,9 @@ def unpatch_model(model: nn.Module) -> int:
     return len(modules)
 
 
-def fused(original: type[nn.Module], found: GatedProduct, recompute: bool = True) -> type[nn.Module]:
-    """The fused subclass of a dense MLP's or an experts module's class."""
-    return fused_class(original, found, recompute, eager_members(original, found))
+def fused(original: type[nn.Module], found: Product, recompute: bool = True) -> type[nn.Module]:
+    """The fused subclass of the class of a module in which `found` was recognised."""
+    return fused_class(original, found, recompute, waiting_members(original, found))
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -145,11 +145,11 @@ def _entry(name: str, module: nn.Module, found: Found) -> Entry:
     class_name = type(module).__name__
     if isinstance(found, NotFusable):
         return Entry(name, class_name, SKIPPED, reason=str(found))
-    described = (found.kind, found.activated.name)
+    described = (found.kind, found.activation)
     if isinstance(module, FusedModule):
         return Entry(name, class_name, ALREADY_FUSED, *described)
     if found.gating is None:
-        reason = f"its gate's activation is {found.activated.name}, not SiLU or SwiGLU"
+        reason = f"its gate's activation is {found.activation}, not SiLU or SwiGLU"
         return Entry(name, class_name, SKIPPED, *described, reason)
     if {"forward", "_old_forward"} & vars(module).keys() and not _bound_forwards(module):
         reason = "its forward was replaced on the instance, by something other than accelerate's hooks"

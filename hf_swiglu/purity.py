@@ -12,6 +12,7 @@ import functools
 import inspect
 import textwrap
 import types
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
@@ -53,6 +54,33 @@ def multiplies_a_call(cls: type[nn.Module], method: str, functions: set[str]) ->
         and any(isinstance(side, ast.Call) and ast.unparse(side.func) in functions for side in (node.left, node.right))
         for node in ast.walk(tree)
     )
+
+
+@functools.cache
+def multiplied_attributes(cls: type) -> frozenset[str]:
+    """The attributes that `cls` multiplies by something else wherever it reads them, as in `self.act_fn(gate) * up`."""
+    reads: Counter[str] = Counter()
+    products: Counter[str] = Counter()
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, function in vars(base).items():
+            if name == "__init__" or not isinstance(function, types.FunctionType):
+                continue
+            tree = _source_tree(inspect.unwrap(function))
+            if tree is None:
+                return frozenset()
+            for node in ast.walk(tree):
+                reads[_own_attribute(node)] += 1
+                if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+                    for side in (node.left, node.right):
+                        products[_own_attribute(getattr(side, "func", None))] += 1
+    return frozenset(name for name, count in products.items() if name and count == reads[name])
+
+
+def _own_attribute(node: ast.AST | None) -> str:
+    """What `self.name` reads: "name"; "" for anything else."""
+    if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load):
+        return ""
+    return node.attr if isinstance(node.value, ast.Name) and node.value.id == "self" else ""
 
 
 @functools.cache

@@ -2,11 +2,13 @@
 
 `torch.fx` traces a method of the module with every child as a leaf, which turns an MLP into about six nodes. What is
 looked for in them, and whatever the children are called, is in `patterns`. Only graphs whose every node is
-understood are accepted: a trace bakes Python values in.
+understood are accepted: a trace bakes Python values in. Of other methods the source is read: where it multiplies an
+activation in the expression that calls it, the two can be fused without knowing what happens around them.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
 from dataclasses import dataclass
 
@@ -23,7 +25,7 @@ from hf_swiglu.patterns import (
     calls,
     match_product,
 )
-from hf_swiglu.purity import multiplies_a_call, why_a_trace_would_lie
+from hf_swiglu.purity import multiplied_attributes, multiplies_a_call, why_a_trace_would_lie
 from hf_swiglu.reference import Gating
 
 # Pure functions of their arguments, kept in the fused forward exactly as they were traced.
@@ -56,6 +58,14 @@ class GatedProduct:
         return self.activated.gate
 
     @property
+    def activation(self) -> str:
+        return self.activated.name
+
+    @property
+    def child(self) -> str | None:
+        return self.activated.child
+
+    @property
     def packed(self) -> tuple[fx.Node, str] | None:
         """The node that holds gate and up side by side, and its layout in `functional.LAYOUTS`."""
         gate, up = _part(self.gate), _part(self.up)
@@ -75,11 +85,27 @@ class GatedProduct:
         return "interleaved" if self.packed[1] == "interleaved" else "packed"
 
 
+@dataclass(frozen=True)
+class UntracedProduct:
+    """`self.activation(gate) * up`, written so in a class whose `forward` cannot be traced."""
+
+    attribute: str
+    activation: str
+    child: str | None
+    gating: Gating
+    reads: frozenset[str]
+    method: str = "forward"
+    kind: str = "untraced"
+
+
+Product = GatedProduct | UntracedProduct
+
+
 class NotFusable(Exception):
     """The module looks like a gated MLP and is none that can be fused; the message says why."""
 
 
-def recognise(module: nn.Module, reads: set[str] | None = None) -> GatedProduct | None:
+def recognise(module: nn.Module, reads: set[str] | None = None) -> Product | None:
     """The gated product in `module`'s own code; None where nothing suggests that there is one.
 
     transformers' experts compute it in `_apply_gate`, which all their implementations but the eager loop call; in
@@ -92,14 +118,21 @@ def recognise(module: nn.Module, reads: set[str] | None = None) -> GatedProduct 
     if not _could_be_gated(module):
         return None
     reads = set() if reads is None else reads
-    method = "_apply_gate" if hasattr(type(module), "_apply_gate") else "forward"
+    # Experts without a gate inherit the method and never call it.
+    has_gate = hasattr(type(module), "_apply_gate") and getattr(module, "has_gate", True)
+    method = "_apply_gate" if has_gate else "forward"
     suspect = method != "forward" or _looks_like_a_gated_mlp(module)
     try:
-        graph = trace(module, method, reads)
+        return _traced_product(module, method, suspect, reads)
     except NotFusable:
-        if suspect:
+        untraced = _untraced_product(module, reads)
+        if untraced is None and suspect:
             raise
-        return None
+        return untraced
+
+
+def _traced_product(module: nn.Module, method: str, suspect: bool, reads: set[str]) -> GatedProduct | None:
+    graph = trace(module, method, reads)
     found = [match for node in graph.nodes if (match := _gated_product(method, graph, node, module, reads)) is not None]
     if not found:
         if suspect:
@@ -113,6 +146,27 @@ def recognise(module: nn.Module, reads: set[str] | None = None) -> GatedProduct 
         raise NotFusable(f"its {method} has {len(found)} gated products, expected one")
     _check_understood(graph)
     return found[0]
+
+
+def _untraced_product(module: nn.Module, reads: set[str]) -> UntracedProduct | None:
+    for name in sorted(multiplied_attributes(type(module))):
+        child = name if name in module._modules else None
+        value = module._modules[name] if child else vars(module).get(name)
+        gating = attribute_gating(value)
+        if gating is not None:
+            if child is None:
+                reads.add(name)
+            described = type(value).__name__ if child else getattr(value, "__name__", str(value))
+            return UntracedProduct(name, described, child, gating, frozenset(reads))
+    return None
+
+
+def attribute_gating(value: object) -> Gating | None:
+    """The member of the family that an attribute, a module or a function, multiplies by; None for any other."""
+    if isinstance(value, nn.Module):
+        # In place it would change what others see of the gate.
+        return None if getattr(value, "inplace", False) else GATINGS.get(type(value))
+    return GATINGS.get(value) if callable(value) else None
 
 
 def trace(module: nn.Module, method: str, reads: set[str]) -> fx.Graph:
@@ -174,9 +228,12 @@ class _Tracer(fx.Tracer):
 
 
 def _could_be_gated(module: nn.Module) -> bool:
-    # A trace costs 10 to 20 ms, and a gate needs a projection: a child, or a weight of the module's own.
-    return any(_is_projection(child) for child in module.children()) or any(
-        parameter.dim() >= 2 for parameter in module._parameters.values() if parameter is not None
+    # A trace costs 10 to 20 ms, and a gate needs a projection, a child or a weight of the module's own. Experts of an
+    # unknown kind are told by their activation.
+    return (
+        any(_is_projection(child) or type(child) in ACTIVATION_MODULES for child in module.children())
+        or any(parameter.dim() >= 2 for parameter in module._parameters.values() if parameter is not None)
+        or any(attribute_gating(value) for value in vars(module).values() if inspect.isroutine(value))
     )
 
 

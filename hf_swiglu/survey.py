@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from hf_swiglu.fusion import FusedModule
-from hf_swiglu.recognition import GatedProduct, NotFusable, recognise
+from hf_swiglu.recognition import NotFusable, Product, recognise
 
-Found = GatedProduct | NotFusable
+Found = Product | NotFusable
 
 _CHILDREN = "children"
 

@@ -14,7 +14,7 @@ from transformers.activations import ACT2CLS, ACT2FN
 
 from hf_swiglu.fusion import FusedModule
 from hf_swiglu.patterns import ACTIVATION_MODULES, GATINGS
-from hf_swiglu.recognition import GatedProduct, NotFusable
+from hf_swiglu.recognition import NotFusable, Product
 from hf_swiglu.survey import Found
 
 # By the power of the gate in the product: `reference.Gating`.
@@ -59,17 +59,17 @@ def swapped(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], acti
         raise
 
 
-def _swappable_child(name: str, module: nn.Module, found: GatedProduct) -> str:
+def _swappable_child(name: str, module: nn.Module, found: Product) -> str:
     if isinstance(module, FusedModule):
         raise ValueError(
-            f"patch_model: {name} is already fused with {found.activated.name}; call unpatch_model before swapping"
+            f"patch_model: {name} is already fused with {found.activation}; call unpatch_model before swapping"
         )
-    if found.activated.child is None:
+    if found.child is None:
         raise ValueError(
-            f"patch_model: {name} ({type(module).__name__}) calls {found.activated.name} in its forward instead of "
+            f"patch_model: {name} ({type(module).__name__}) calls {found.activation} in its forward instead of "
             "reading an activation from its config, so it cannot be swapped. Leave it out with only="
         )
-    return found.activated.child
+    return found.child
 
 
 def restore(model: nn.Module) -> int:

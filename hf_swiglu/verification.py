@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_swiglu.fusion import FusedModule, original_class
-from hf_swiglu.recognition import GatedProduct
+from hf_swiglu.recognition import GatedProduct, Product, UntracedProduct
 
 # Relative to the output's norm, in units of the dtype's epsilon: eager rounds the product twice, a kernel once.
 # GELU in place of SiLU differs by more than 1e-2.
@@ -16,7 +16,7 @@ _TOLERANCE = 8
 
 
 def compare(
-    plan: Iterable[tuple[nn.Module, type[nn.Module], GatedProduct]], set_class: Callable[[nn.Module, type], None]
+    plan: Iterable[tuple[nn.Module, type[nn.Module], Product]], set_class: Callable[[nn.Module, type], None]
 ) -> None:
     """Run one module of each distinct class as it is and as its fused class, and compare the outputs.
 
@@ -45,7 +45,7 @@ def _compare_classes(module, original, fused, found, set_class) -> None:
         try:
             for cls in (original, fused):
                 set_class(module, cls)
-                results.append(_run(getattr(module, found.method) if found.method != "forward" else module, probe))
+                results.append(_run(_function(module, found), probe))
         finally:
             set_class(module, present)
     for what, before, after in zip(("output", "gradient"), *results):
@@ -57,8 +57,20 @@ def _compare_classes(module, original, fused, found, set_class) -> None:
             )
 
 
-def _probe(module: nn.Module, found: GatedProduct) -> Tensor:
-    """A random input of the module's forward, or of an experts module's `_apply_gate`."""
+def _function(module: nn.Module, found: Product) -> Callable[[Tensor], Tensor]:
+    """What fusing has changed: the module, an experts module's `_apply_gate`, or the expression with the product."""
+    if not isinstance(found, UntracedProduct):
+        return module if found.method == "forward" else getattr(module, found.method)
+
+    def product(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return getattr(module, found.attribute)(gate) * up
+
+    return product
+
+
+def _probe(module: nn.Module, found: Product) -> Tensor:
+    """A random input of the function that is compared."""
     tensors = [*module.parameters(), *module.buffers()]
     # accelerate's hooks bring offloaded weights in, which lie on the meta device between calls.
     hooked = any("_old_forward" in vars(child) for child in module.modules())
@@ -69,13 +81,13 @@ def _probe(module: nn.Module, found: GatedProduct) -> Tensor:
     return torch.randn(64, _width(module, found), device=like.device, dtype=like.dtype)
 
 
-def _width(module: nn.Module, found: GatedProduct) -> int:
-    for node in found.graph.nodes:
+def _width(module: nn.Module, found: Product) -> int:
+    for node in found.graph.nodes if isinstance(found, GatedProduct) else ():
         if node.op == "call_module" and node.args and getattr(node.args[0], "op", None) == "placeholder":
             width = getattr(module.get_submodule(str(node.target)), "in_features", None)
             if isinstance(width, int):
                 return width
-    # `_apply_gate` takes any even number of columns.
+    # The others take any even number of columns.
     return 512
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from models import HIDDEN, WIDE, GatedMLP
 from torch import nn
 
-FUSED, SKIPPED, EITHER = "fused", "skipped", "either"
+# UNTRACED: a trace of it would lie, so only its one expression with the product may be fused.
+FUSED, UNTRACED, SKIPPED, EITHER = "fused", "untraced", "skipped", "either"
 LOOKALIKES = {}
 
 
@@ -153,54 +154,54 @@ def functional_dropout(self, x):
     return self.w2(F.dropout(self.act(self.w1(x)) * self.w3(x), 0.5, self.training))
 
 
-@lookalike(SKIPPED)
+@lookalike(UNTRACED)
 def dropout_always_on(self, x):
     return self.w2(F.dropout(self.act(self.w1(x)) * self.w3(x), 0.5))
 
 
-@lookalike(SKIPPED, drop=dropout)
+@lookalike(UNTRACED, drop=dropout)
 def dropout_by_a_childs_flag(self, x):
     return self.w2(F.dropout(self.act(self.w1(x)) * self.w3(x), 0.5, self.drop.training))
 
 
-@lookalike(SKIPPED)
+@lookalike(UNTRACED)
 def sparse(self, x):
     gate = self.w1(x)
     cutoff = gate.mean(dim=-1, keepdim=True) + gate.std(dim=-1, keepdim=True)
     return self.w2(self.act(F.relu(gate - cutoff)) * self.w3(x))
 
 
-@lookalike(SKIPPED)
+@lookalike(UNTRACED)
 def branches_on_training(self, x):
     product = self.act(self.w1(x)) * self.w3(x)
     return self.w2(product * 2 if self.training else product)
 
 
-@lookalike(SKIPPED, drop=dropout)
+@lookalike(UNTRACED, drop=dropout)
 def branches_on_a_childs_training(self, x):
     product = self.act(self.w1(x)) * self.w3(x)
     return self.w2(product * 2 if self.drop.training else product)
 
 
-@lookalike(SKIPPED)
+@lookalike(UNTRACED)
 def branches_on_grad_mode(self, x):
     product = self.act(self.w1(x)) * self.w3(x)
     return self.w2(product * 2 if torch.is_grad_enabled() else product)
 
 
-@lookalike(SKIPPED)
+@lookalike(UNTRACED)
 def branches_on_a_missing_argument(self, x, scale=None):
     product = self.act(self.w1(x)) * self.w3(x)
     return self.w2(product) if scale is None else self.w2(product * scale)
 
 
-@lookalike(SKIPPED)
+@lookalike(UNTRACED)
 def branches_on_the_type(self, x):
     product = self.act(self.w1(x)) * self.w3(x)
     return self.w2(product * 2 if isinstance(x, torch.Tensor) else product)
 
 
-@lookalike(SKIPPED)
+@lookalike(UNTRACED)
 def stores_an_attribute(self, x):
     self.last = self.act(self.w1(x)) * self.w3(x)
     return self.w2(self.last)
@@ -210,20 +211,20 @@ def _count(self):
     self.calls = getattr(self, "calls", 0) + 1
 
 
-@lookalike(SKIPPED)
+@lookalike(UNTRACED)
 def stores_an_attribute_in_a_helper(self, x):
     _count(self)
     return self.w2(self.act(self.w1(x)) * self.w3(x))
 
 
-@lookalike(SKIPPED, seen=[])
+@lookalike(UNTRACED, seen=[])
 def fills_a_list(self, x):
     gate = self.w1(x)
     self.seen.append(gate)
     return self.w2(self.act(gate) * self.w3(x))
 
 
-@lookalike(SKIPPED)
+@lookalike(UNTRACED)
 def enters_a_context(self, x):
     with torch.no_grad():
         gate = self.w1(x)
@@ -235,7 +236,7 @@ def _without_gradient(projection, x):
         return projection(x)
 
 
-@lookalike(SKIPPED)
+@lookalike(UNTRACED)
 def enters_a_context_in_a_helper(self, x):
     return self.w2(self.act(_without_gradient(self.w1, x)) * self.w3(x))
 
@@ -246,7 +247,7 @@ def decorated(self, x):
     return self.w2(self.act(self.w1(x)) * self.w3(x))
 
 
-@lookalike(SKIPPED)
+@lookalike(UNTRACED)
 def two_products(self, x):
     return self.w2(self.act(self.w1(x)) * self.w3(x) + self.act(self.w3(x)) * self.w1(x))
 
@@ -309,7 +310,7 @@ def tensor_made_inside(self, x):
     return self.w2(self.act(self.w1(x)) * self.w3(x)) * torch.tensor(0.5)
 
 
-@lookalike(SKIPPED)
+@lookalike(UNTRACED)
 def noise_made_inside(self, x):
     return self.w2(self.act(self.w1(x)) * self.w3(x)) + torch.randn(1)
 

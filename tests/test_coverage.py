@@ -211,9 +211,8 @@ def taken(both):
     return both[0].result()
 
 
-def test_census_has_no_other_faults_than_the_known_ones(taken):
-    # Faults to be mended: the first is not recognised at all, the second is not fused in its eager loop.
-    assert [row.name for row in taken.rows if row.verdict == FAILED] == ["JetMoeMoE", "Lfm2MoeExperts"]
+def test_census_has_no_faults(taken):
+    assert [(row.name, row.reason) for row in taken.rows if row.verdict == FAILED] == []
 
 
 def test_census_accounts_for_every_class_of_the_scan(both, taken):
@@ -238,6 +237,7 @@ def test_at_least_95_percent_of_the_silu_gated_classes_are_fused(taken):
         ("Phi3MLP", "packed", FUSED),
         ("MixtralExperts", "experts", FUSED),
         ("GptOssExperts", "experts", FUSED),
+        ("JetMoeMoE", "untraced", FUSED),
         ("GemmaMLP", "separate", OTHER),
         ("T5DenseGatedActDense", "separate", OTHER),
         ("Qwen3NextAttention", "separate", NO_GATE),

@@ -7,14 +7,15 @@ import torch
 from models import VOCABULARY, CountedOperators
 from tolerance import assert_close_to_float64
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM, NemotronHConfig
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 from hf_swiglu import patch_model, unpatch_model
-from hf_swiglu.experts import PendingActivation
 from hf_swiglu.reference import SILU
+from hf_swiglu.waiting import PendingActivation
 
 SIZES = {
     "hidden_size": 32,
@@ -104,6 +105,63 @@ def test_limits_are_those_of_each_module():
     gate_up = torch.randn(80, 512, dtype=torch.float64) * 4
     for module, plain in zip(model, untouched):
         torch.testing.assert_close(module._apply_gate(gate_up), plain._apply_gate(gate_up))
+
+
+class Looping(nn.Module):
+    """Experts of nobody's: a loop that no trace can follow, with the activation as a child or as a plain function."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(64, 2048) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(1024, 64) for _ in range(3))
+        self.activation = activation
+
+    def forward(self, x):
+        for row in range(len(x)):
+            if x[row].sum() > 0:
+                gate, up = self.up[row](x[row]).chunk(2, dim=-1)
+                x = x.index_add(0, torch.tensor([row]), self.down[row](self.activation(gate) * up)[None])
+        return x
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.SiLU(), nn.functional.silu, ACT2FN["swiglu"]], ids=["child", "function", "swiglu"]
+)
+def test_a_product_in_a_loop_is_fused(activation):
+    torch.manual_seed(0)
+    module = Looping(activation)
+    x = torch.randn(3, 40, 64) + 0.1
+    eager, exact = module(x), copy.deepcopy(module).double()(x.double())
+    (entry,) = patch_model(module, verify=True)
+    assert (entry.verdict, entry.kind) == ("fused", "untraced")
+    with CountedOperators() as operators:
+        fused = module(x)
+        fused.sum().backward()
+    assert set(operators.names) == {"product", "product_backward"}
+    assert_close_to_float64(fused, eager, exact)
+    # The new activation is obeyed, whatever it is.
+    module.activation = torch.tanh if activation is nn.functional.silu else nn.Tanh()
+    with CountedOperators() as operators:
+        assert not torch.equal(module(x), eager)
+    assert not operators.names
+
+
+def test_an_activation_that_is_not_multiplied_everywhere_does_not_wait():
+    class Used(Looping):
+        def forward(self, x):
+            return self.activation(x) * x + self.activation(x) if len(x) > 1 else x
+
+    (entry,) = patch_model(nn.Sequential(Used(nn.SiLU())), strict=False)
+    assert entry.verdict == "skipped" and entry.reason
+
+
+def test_experts_without_a_gate_are_none_of_ours():
+    config = NemotronHConfig(
+        layers_block_type=["moe"], hidden_size=32, n_routed_experts=4, moe_intermediate_size=64, mlp_hidden_act="silu"
+    )
+    experts = NemotronHExperts(config)
+    assert experts.has_gate is False
+    assert not patch_model(nn.Sequential(experts), strict=False)
 
 
 def pending():

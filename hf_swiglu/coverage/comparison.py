@@ -102,6 +102,8 @@ def _small(name: str, value: object) -> object:
         return value
     if re.fullmatch(r"(moe_)?(num|n)_(local_|routed_)?experts", name):
         return _EXPERTS
+    if re.fullmatch(r"(num_)?experts_per_tok(en)?", name):
+        return min(value, _TOP_K)
     if value == 0 and name.endswith("intermediate_size"):
         # A default that leaves this part of the model out.
         return _LARGEST
@@ -117,7 +119,8 @@ def _inputs(module: nn.Module) -> list[Tensor]:
     for width in dict.fromkeys(_widths(module)):
         for shape in (
             (_TOKENS, width),
-            (4, _TOKENS // 4, width),
+            # A square number of tokens, for those that take them as an image.
+            (2, _TOKENS // 2, width),
             (4, width, _TOKENS // 4),
             (1, 4, _TOKENS // 4, width),
         ):
@@ -141,6 +144,8 @@ def _widths(module: nn.Module) -> Iterator[int]:
         if isinstance(getattr(module, name, None), int):
             yield getattr(module, name)
     yield from (parameter.shape[-1] for parameter in module.parameters(recurse=False) if parameter.dim() > 1)
+    if hasattr(module, "config"):
+        yield from (part.hidden_size for part in vars(module.config).values() if hasattr(part, "hidden_size"))
 
 
 def _arguments(module: nn.Module, shape: tuple[int, ...]) -> list[Tensor]:

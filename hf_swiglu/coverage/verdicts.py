@@ -113,7 +113,7 @@ def _row(entry: ScannedClass, cls: type[nn.Module] | None, zoo: Zoo, found: dict
     fused = result is not None and not isinstance(result, NotFusable) and result.gating is not None
     verdict, reason = _verdict(entry, specimen, result, activation)
     if fused:
-        activation = result.activated.name
+        activation = result.activation
     return Row(entry.family, entry.name, _kind(entry, result), activation, verdict, reason)
 
 
