@@ -153,10 +153,16 @@ def run(
 
 @app.command()
 def coverage() -> None:
-    """Every gated MLP of the installed transformers, and what becomes of it, as a Markdown page. Takes minutes."""
+    """Every gated MLP of the installed transformers, and what becomes of it, as a Markdown page. Takes minutes.
+
+    Model types that could not be built are named on standard error.
+    """
     from hf_swiglu.coverage import census
 
-    _show(census().to_markdown())
+    taken = census()
+    print(taken.to_markdown(), end="")
+    for name, reason in taken.unbuilt.items():
+        print(f"not built: {name}: {reason}", file=sys.stderr)
 
 
 def _show(what: object) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hf_swiglu import _ops, backends, reference
+from hf_swiglu import backends, reference
 from hf_swiglu.reference import SILU, SWIGLU, Gating
 
 
@@ -45,10 +45,11 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     _check_floating("swiglu", "gate", gate)
     if up is None:
         return gated_product(gate, None, SWIGLU)
-    _check_up(gate, up)
-    if gate.dtype != up.dtype:
+    if not isinstance(up, Tensor) or up.dtype is not gate.dtype:
+        _check_floating("swiglu", "up", up)
         common = torch.promote_types(gate.dtype, up.dtype)
         gate, up = gate.to(common), up.to(common)
+    _check_alike(gate, up)
     return gated_product(gate, up, SILU)
 
 
@@ -118,7 +119,7 @@ def product_into_gate(gate: Tensor, up: Tensor, gating: Gating = SILU) -> Tensor
     """`gated_product` without gradients, written over `gate`: only for a caller that owns `gate` alone."""
     if not _kernel_serves(gate, up, differentiated=False):
         return reference.product(gate, up, gating)
-    _ops.product(gate, up, gate, *_scalars(gating))
+    backends.product(gate, up, gate, _scalars(gating))
     return gate
 
 
@@ -152,13 +153,13 @@ def _is_transformed() -> bool:
 
 def _forward(gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor:
     out = torch.empty_like(gate)
-    _ops.product(gate, up, out, *_scalars(gating))
+    backends.product(gate, up, out, _scalars(gating))
     return out
 
 
 def _scalars(gating: Gating) -> tuple:
     """The operators' last arguments; `_ops` says why the usual ones are left out."""
-    if gating == SILU:
+    if gating is SILU or gating == SILU:
         return ()
     if gating == SWIGLU:
         return (2,)
@@ -181,7 +182,7 @@ class _Product(torch.autograd.Function):
             return *_plain_gradients(ctx, (gate, up), grad), None
         grad_gate = torch.empty_like(gate)
         grad_up = None if up is None else torch.empty_like(up)
-        _ops.product_backward(grad, gate, up, grad_gate, grad_up, *_scalars(ctx.gating))
+        backends.product_backward(grad, gate, up, grad_gate, grad_up, _scalars(ctx.gating))
         return grad_gate, grad_up, None
 
 
@@ -202,7 +203,7 @@ class _PackedProduct(torch.autograd.Function):
             return *_plain_gradients(ctx, (gate_up,), grad), None, None
         gate, up = ctx.parts(gate_up)
         grad_gate_up = torch.empty_like(gate_up)
-        _ops.product_backward(grad, gate, up, *ctx.parts(grad_gate_up), *_scalars(ctx.gating))
+        backends.product_backward(grad, gate, up, *ctx.parts(grad_gate_up), _scalars(ctx.gating))
         return grad_gate_up, None, None
 
 
@@ -263,8 +264,7 @@ def _check_floating(function: str, name: str, value: object) -> None:
         )
 
 
-def _check_up(gate: Tensor, up: Tensor) -> None:
-    _check_floating("swiglu", "up", up)
+def _check_alike(gate: Tensor, up: Tensor) -> None:
     if gate.shape != up.shape:
         raise ValueError(
             f"swiglu: gate and up must have the same shape; got gate {tuple(gate.shape)} and up {tuple(up.shape)}"

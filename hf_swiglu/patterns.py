@@ -63,6 +63,14 @@ def match_product(node: fx.Node, module: nn.Module) -> tuple[Activated, fx.Node,
     return None
 
 
+def attribute_gating(value: object) -> Gating | None:
+    """The member of the family that an attribute, a module or a function, multiplies by; None for any other."""
+    if isinstance(value, nn.Module):
+        # In place it would change what others see of the gate.
+        return None if getattr(value, "inplace", False) else GATINGS.get(type(value))
+    return GATINGS.get(value) if callable(value) else None
+
+
 def calls(node: object, targets: set) -> bool:
     return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
 

@@ -22,6 +22,7 @@ from hf_swiglu.patterns import (
     MULTIPLY,
     OTHER_FUNCTIONS,
     Activated,
+    attribute_gating,
     calls,
     match_product,
 )
@@ -159,14 +160,6 @@ def _untraced_product(module: nn.Module, reads: set[str]) -> UntracedProduct | N
             described = type(value).__name__ if child else getattr(value, "__name__", str(value))
             return UntracedProduct(name, described, child, gating, frozenset(reads))
     return None
-
-
-def attribute_gating(value: object) -> Gating | None:
-    """The member of the family that an attribute, a module or a function, multiplies by; None for any other."""
-    if isinstance(value, nn.Module):
-        # In place it would change what others see of the gate.
-        return None if getattr(value, "inplace", False) else GATINGS.get(type(value))
-    return GATINGS.get(value) if callable(value) else None
 
 
 def trace(module: nn.Module, method: str, reads: set[str]) -> fx.Graph:

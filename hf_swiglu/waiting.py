@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from hf_swiglu import functional
 from hf_swiglu.fusion import is_watched
+from hf_swiglu.patterns import attribute_gating
 from hf_swiglu.purity import multiplied_attributes
-from hf_swiglu.recognition import GatedProduct, Product, attribute_gating
+from hf_swiglu.recognition import GatedProduct, Product
 from hf_swiglu.reference import Gating
 
 _MULTIPLY = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}

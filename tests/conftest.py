@@ -3,4 +3,4 @@
 from hf_swiglu import backends
 
 SHIPPED = dict(backends.SMALLEST_KERNEL), dict(backends.SMALLEST_DIFFERENTIATED)
-backends.SMALLEST_KERNEL["cpu"] = backends.SMALLEST_DIFFERENTIATED["cpu"] = 16_384
+backends.SMALLEST_DIFFERENTIATED["cpu"] = backends.SMALLEST_KERNEL["cpu"]

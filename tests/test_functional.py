@@ -79,6 +79,23 @@ def test_the_smallest_kernel_is_the_documented_one(form):
         assert operators.names == expected
 
 
+@needs_kernel
+@pytest.mark.parametrize("dtype", backends.KERNEL_DTYPES, ids=str)
+@every_form
+def test_a_call_past_the_dispatcher_computes_the_same(form, dtype, monkeypatch):
+    from hf_swiglu.backends import cpu
+
+    calls, run = [], cpu.run
+    monkeypatch.setattr(cpu, "run", lambda function, *rest: calls.append(function) or run(function, *rest))
+    inputs, grad = operands(form, 130, 128, dtype=dtype), torch.randn(130, 128, dtype=dtype)
+    direct = out_and_gradients(FORMS[form][0], inputs, grad)
+    assert calls == ["product", "product_backward"]
+    with CountedOperators() as operators:
+        dispatched = out_and_gradients(FORMS[form][0], inputs, grad)
+    assert operators.names == calls[:2]
+    assert all(map(torch.equal, direct, dispatched))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_form
 def test_the_tolerance_tells_gelu_from_swish(form, dtype):

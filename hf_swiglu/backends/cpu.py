@@ -22,7 +22,8 @@ instruction_set: Callable[[], str] = _cpu_kernels.instruction_set
 
 def product(gate: Tensor, up: Tensor | None, out: Tensor, power: int = 1, limits: list[float] | None = None) -> None:
     """Writes the product of `reference.Gating(power, *limits)` into `out`, which may be one of the inputs."""
-    _run("product", (gate, up), (out,), power, limits)
+    _check("product", (gate, up, out))
+    run("product", (gate, up), (out,), power, limits)
 
 
 def product_backward(
@@ -37,27 +38,28 @@ def product_backward(
     """Writes the gradients of `product` with respect to `gate` and, where there is one, to `up`."""
     if (up is None) is not (grad_up is None):
         raise ValueError("product_backward: up and grad_up belong together; give both of them or neither")
-    _run("product_backward", (grad, gate, up), (grad_gate, grad_up), power, limits)
+    _check("product_backward", (grad, gate, up, grad_gate, grad_up))
+    run("product_backward", (grad, gate, up), (grad_gate, grad_up), power, limits)
 
 
-def _run(function: str, inputs: tuple, outputs: tuple, power: int, limits: list[float] | None) -> None:
-    kernel = getattr(_cpu_kernels, function)
-    dtype, count = inputs[0].dtype, inputs[0].numel()
+def run(function: str, inputs: tuple, outputs: tuple, power: int = 1, limits: list[float] | None = None) -> None:
+    """One of the two operators, on tensors that are known to go together."""
     # Contiguous tensors, nearly all there are, are one row each; looking no further halves the time this takes.
     addresses = []
     for tensor in inputs + outputs:
         if tensor is None:
             addresses.append(0)
-        elif tensor.is_contiguous() and tensor.numel() == count and tensor.dtype is dtype and dtype in _DTYPES:
+        elif tensor.is_contiguous():
             addresses.append(tensor.data_ptr())
         else:
             return _run_rows(function, inputs, outputs, power, limits)
-    kernel(_DTYPES[dtype], get_num_threads(), power, limits, 1, count, None, *addresses)
+    first = inputs[0]
+    kernel = getattr(_cpu_kernels, function)
+    kernel(_DTYPES[first.dtype], get_num_threads(), power, limits, 1, first.numel(), None, *addresses)
 
 
 def _run_rows(function: str, inputs: tuple, outputs: tuple, power: int, limits: list[float] | None) -> None:
     tensors = [tensor for tensor in inputs + outputs if tensor is not None]
-    _check(function, tensors)
     rows = common_rows(*tensors)
     if rows is None or any(row.column_stride > _LARGEST_COLUMN_STRIDE for row in rows):
         return _run_copies(function, inputs, outputs, power, limits)
@@ -79,13 +81,14 @@ def _run_copies(function: str, inputs: tuple, outputs: tuple, power: int, limits
         tensor if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in outputs
     )
-    _run(function, inputs, results, power, limits)
+    run(function, inputs, results, power, limits)
     for tensor, result in zip(outputs, results):
         if tensor is not None:
             tensor.copy_(result)
 
 
-def _check(function: str, tensors: list[Tensor]) -> None:
+def _check(function: str, operands: tuple[Tensor | None, ...]) -> None:
+    tensors = [tensor for tensor in operands if tensor is not None]
     first = tensors[0]
     alike = all(tensor.shape == first.shape and tensor.dtype is first.dtype for tensor in tensors)
     if not alike or first.dtype not in _DTYPES:

@@ -27,14 +27,15 @@ INLINE vfloat v_power_of_two(vfloat shifted)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23));
 }
 
-/* 14 bits and one Newton step make all 24: nothing is left for a division, nor for a shorter version. */
+/* 14 bits and one Newton step make all 24: nothing is left for a division, nor for something in between. */
 INLINE vfloat v_reciprocal(vfloat x)
 {
     vfloat guess = _mm512_rcp14_ps(x);
     return _mm512_fmadd_ps(guess, _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(1.0f)), guess);
 }
 
-INLINE vfloat v_reciprocal_half(vfloat x) { return v_reciprocal(x); }
+INLINE vfloat v_reciprocal_22_bits(vfloat x) { return v_reciprocal(x); }
+INLINE vfloat v_reciprocal_12_bits(vfloat x) { return _mm512_rcp14_ps(x); }
 
 INLINE vpair load_float32(const float *p)
 {
@@ -57,9 +58,7 @@ INLINE vpair load_bfloat16(const uint16_t *p)
 
 INLINE __m512i round_bfloat16(vfloat x)
 {
-    __m512i bits = _mm512_castps_si512(x);
-    __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
 }
 
 INLINE void store_bfloat16(uint16_t *p, vpair x)

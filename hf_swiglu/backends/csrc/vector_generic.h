@@ -31,7 +31,8 @@ INLINE vfloat v_keep_if_at_most(vfloat value, vfloat x, vfloat limit)
 INLINE vfloat v_power_of_two(vfloat shifted) { return (vfloat)((vuint)shifted << 23); }
 
 INLINE vfloat v_reciprocal(vfloat x) { return 1.0f / x; }
-INLINE vfloat v_reciprocal_half(vfloat x) { return 1.0f / x; }
+INLINE vfloat v_reciprocal_22_bits(vfloat x) { return 1.0f / x; }
+INLINE vfloat v_reciprocal_12_bits(vfloat x) { return 1.0f / x; }
 
 INLINE vpair load_float32(const float *p)
 {
@@ -56,9 +57,9 @@ INLINE vpair load_bfloat16(const uint16_t *p)
     return (vpair){(vfloat)(words << 16), (vfloat)(words & 0xffff0000u)};
 }
 
-/* To nearest even. No NaN here has low bits that could carry it away: it comes from a bfloat16, or from the
-   processor. */
-INLINE vuint round_bfloat16(vfloat x) { return (vuint)x + ((((vuint)x >> 16) & 1u) + 0x7fffu); }
+/* To nearest, ties away from zero. No NaN here has low bits that could carry it away: it comes from a bfloat16, or
+   from the processor. */
+INLINE vuint round_bfloat16(vfloat x) { return (vuint)x + 0x8000u; }
 
 INLINE void store_bfloat16(uint16_t *p, vpair x)
 {
