@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from models import CountedOperators, GatedMLP, tiny_gemma, tiny_llama, tiny_phi3, tokens
-from tolerance import assert_close_to_float64
+from tolerance import assert_all_close_to_float64, assert_close_to_float64
 from torch import nn
 
 from hf_swiglu import PatchReport, patch_model, patching, unpatch_model
@@ -36,8 +36,17 @@ def test_forward_and_gradients_of_the_whole_model_in_the_tolerance_of_eager(buil
         fused = _logits_and_gradients(model)
     # `recompute` may run the product again on the way back.
     assert operators.names[:2] == ["product"] * 2 and operators.names.count("product_backward") == 2
-    for name in exact:
-        assert_close_to_float64(fused[name], eager[name], exact[name])
+    assert_all_close_to_float64(fused, eager, exact)
+
+
+@FAMILIES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tolerance_of_a_whole_model_tells_gelu_from_swish(build, dtype):
+    model = build().to(dtype)
+    exact = _logits_and_gradients(copy.deepcopy(model).double())
+    eager = _logits_and_gradients(model)
+    with pytest.raises(AssertionError):
+        assert_all_close_to_float64(_logits_and_gradients(build(hidden_act="gelu").to(dtype)), eager, exact)
 
 
 @FAMILIES

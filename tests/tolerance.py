@@ -29,6 +29,22 @@ def assert_close_to_float64(result: Tensor, eager: Tensor, exact: Tensor) -> Non
     assert error <= allowed, f"error {error:.3e} against float64, {allowed:.3e} allowed in {result.dtype}"
 
 
+def assert_all_close_to_float64(results: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """The same rule for all that a whole model computes: each tensor's relative error, squared and summed up.
+
+    In a model other roundings drown those of the product, and the largest of them is luck: for a kernel that rounds
+    every product correctly it is over 1.5 times eager's with 9 of 25 seeds (a tiny Phi-3 in bfloat16).
+    """
+    assert results.keys() == eager.keys() == exact.keys()
+
+    def error(computed: dict[str, Tensor]) -> float:
+        relative = [(computed[name].double() - exact[name]).norm() / exact[name].norm() for name in exact]
+        return torch.stack(relative).norm().item()
+
+    allowed = RATIO * error(eager) + FLOOR
+    assert error(results) <= allowed, f"error {error(results):.3e} against float64, {allowed:.3e} allowed"
+
+
 def assert_function_close(
     function: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor, grad: Tensor | None = None
 ) -> None:
