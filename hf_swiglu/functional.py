@@ -88,6 +88,9 @@ def gated_product(gate: Tensor, up: Tensor | None, gating: Gating = SILU) -> Ten
 
     Unchecked: what no kernel takes, broadcasting included, is left to plain PyTorch and its errors.
     """
+    # The smallest tensors are asked about first: each question takes a tenth of the time that their product takes.
+    if backends.is_tiny(gate):
+        return reference.product(gate, up, gating)
     differentiated = torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad))
     if not _kernel_serves(gate, up, differentiated):
         return reference.product(gate, up, gating)
@@ -117,7 +120,7 @@ def packed_product(gate_up: Tensor, gating: Gating = SILU, layout: str = "gate_u
 
 def product_into_gate(gate: Tensor, up: Tensor, gating: Gating = SILU) -> Tensor:
     """`gated_product` without gradients, written over `gate`: only for a caller that owns `gate` alone."""
-    if not _kernel_serves(gate, up, differentiated=False):
+    if backends.is_tiny(gate) or not _kernel_serves(gate, up, differentiated=False):
         return reference.product(gate, up, gating)
     backends.product(gate, up, gate, _scalars(gating))
     return gate

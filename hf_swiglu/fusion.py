@@ -14,13 +14,14 @@ import linecache
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
 from hf_swiglu import functional, reference
 from hf_swiglu.patterns import GATINGS
 from hf_swiglu.recognition import GatedProduct, Product
-from hf_swiglu.recompute import project
+from hf_swiglu.recompute import child_of, project
 from hf_swiglu.reference import Gating
 
 
@@ -99,40 +100,45 @@ def fused_class(
     return _fused_classes[key]
 
 
+class _Self:
+    """`self` as an argument in generated code: a child is looked up where it is needed, in a tenth of the microsecond
+    that `nn.Module.__getattr__` takes."""
+
+    def __repr__(self):
+        return "self"
+
+
 def _generate(found: GatedProduct, recompute: bool) -> tuple[str, dict[str, object]]:
     """The fused method's source, and the names that it uses. The graph that was found is left alone."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(found.graph, copies))
     product = copies[found.product]
-    child = found.activated.child
+    if found.packed is None:
+        function, operands = separate_function(found.gating), (copies[found.gate], copies[found.up])
+    else:
+        function, operands = packed_function(found.gating, found.packed[1]), (copies[found.packed[0]],)
     with graph.inserting_before(product):
-        activation = graph.get_attr(child) if child else None
-        if found.packed is not None:
-            packed, layout = found.packed
-            fused = graph.call_function(packed_function(found.gating, layout), (copies[packed], activation))
-        else:
-            operands = (copies[found.gate], copies[found.up])
-            fused = graph.call_function(separate_function(found.gating), (*operands, activation))
+        fused = graph.call_function(function, (*operands, _Self(), found.child))  # type: ignore[arg-type]
     product.replace_all_uses_with(fused)
-    _erase_unused(graph, child)
-    if found.packed is None and _solely_owned(copies[found.gate], fused):
-        with graph.inserting_before(fused):
-            fused.args = (*fused.args, graph.get_attr(found.gate.target))
-    if recompute:
-        _project(graph, fused)
+    _erase_unused(graph, found.child)
+    down = _only_projection(fused)
+    if _solely_owned(operands[0], fused) and (found.packed is None or down is not None):
+        fused.args += (operands[0].target,) if found.packed is None else (operands[0].target, down.target)
+    if recompute and down is not None:
+        with graph.inserting_before(down):
+            projected = graph.call_function(project, (_Self(), down.target, fused))  # type: ignore[arg-type]
+        down.replace_all_uses_with(projected)
+        graph.erase_node(down)
     code = graph.python_code("self")
     return code.src, dict(code.globals)
 
 
-def _project(graph: fx.Graph, fused: fx.Node) -> None:
+def _only_projection(fused: fx.Node) -> fx.Node | None:
+    """The child that takes the product, alone and as it is."""
     (user, *others) = fused.users
-    if user.op == "call_module" and user.args == (fused,) and not user.kwargs and not others:
-        with graph.inserting_before(user):
-            down = graph.get_attr(user.target)
-            projected = graph.call_function(project, (down, fused))
-        user.replace_all_uses_with(projected)
-        graph.erase_node(user)
+    alone = user.op == "call_module" and user.args == (fused,) and not user.kwargs and not others
+    return user if alone else None
 
 
 def _erase_unused(graph: fx.Graph, activation_child: str | None) -> None:
@@ -167,11 +173,11 @@ def separate_function(gating: Gating) -> Callable:
     """What the generated code calls for gate and up in two tensors; `projection` made gate and nobody else sees it."""
 
     def gated_product(
-        gate: Tensor, up: Tensor, activation: nn.Module | None, projection: nn.Module | None = None
+        gate: Tensor, up: Tensor, module: nn.Module, activation: str | None, projection: str | None = None
     ) -> Tensor:
-        if activation is not None and is_needed(activation, gating.power):
-            return reference.product(gate, up, gating, activation)
-        if projection is not None and not (gate.requires_grad or up.requires_grad) and _is_fresh(projection):
+        if activation is not None and _is_needed(child_of(module, activation), gating.power):
+            return reference.product(gate, up, gating, child_of(module, activation))
+        if projection is not None and _owns(module, projection, gate, up):
             return functional.product_into_gate(gate, up, gating)
         return functional.gated_product(gate, up, gating)
 
@@ -180,36 +186,53 @@ def separate_function(gating: Gating) -> Callable:
 
 @functools.cache
 def packed_function(gating: Gating, layout: str) -> Callable:
-    """What the generated code calls for gate and up in one tensor."""
+    """What the generated code calls for gate and up in one tensor; `projection` made it, `down` takes the product."""
 
-    def packed_product(gate_up: Tensor, activation: nn.Module | None) -> Tensor:
-        if activation is not None and is_needed(activation, gating.power):
+    def packed_product(
+        gate_up: Tensor, module: nn.Module, activation: str | None, projection: str | None = None, down: str = ""
+    ) -> Tensor:
+        if activation is not None and _is_needed(child_of(module, activation), gating.power):
             gate, up = functional.LAYOUTS[layout](gate_up)
-            return reference.product(gate, up, gating, activation)
+            return reference.product(gate, up, gating, child_of(module, activation))
+        if projection is not None and _owns(module, projection, gate_up) and _takes_rows(child_of(module, down)):
+            gate, up = functional.LAYOUTS[layout](gate_up)
+            return functional.product_into_gate(gate, up, gating)
         return functional.packed_product(gate_up, gating, layout)
 
     return packed_product
 
 
-def is_needed(activation: nn.Module, power: int) -> bool:
+def _owns(module: nn.Module, projection: str, *tensors: Tensor) -> bool:
+    """Whether the module owns what its child made, and no gradient will ask for it."""
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) and _is_fresh(
+        child_of(module, projection)
+    )
+
+
+def _is_needed(activation: nn.Module, power: int) -> bool:
     """Whether the activation module itself must be called: somebody hooked it, or put another in its place."""
-    # Not `type(activation)`: it may be a `WaitingActivation`, which shows the `__class__` of what waits.
-    gating = GATINGS.get(activation.__class__)
+    gating = GATINGS.get(type(activation))
     return gating is None or gating.power != power or is_watched(activation)
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class's forward: hooks, or a forward of its own."""
+    state = vars(module)
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
         or nn_module._has_any_global_hook()
-        or "forward" in vars(module)
     )
 
 
 def _is_fresh(projection: nn.Module) -> bool:
     """Whether the projection's output is new memory that nobody else can have kept."""
     return type(projection) is nn.Linear and not is_watched(projection)
+
+
+def _takes_rows(down: nn.Module) -> bool:
+    """Whether the projection reads rows that lie apart where they are; with a bias it would copy them."""
+    return type(down) is nn.Linear and down.bias is None and not is_watched(down)

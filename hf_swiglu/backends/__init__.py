@@ -62,6 +62,12 @@ def serves(tensor: Tensor, differentiated: bool) -> bool:
     )
 
 
+def is_tiny(tensor: Tensor) -> bool:
+    """Whether no kernel runs for this tensor because plain PyTorch is faster; False under torch.compile, which would
+    specialise on the size."""
+    return tensor.is_cpu and not torch.compiler.is_compiling() and tensor.numel() <= SMALLEST_KERNEL["cpu"]
+
+
 @functools.cache
 def unavailable(device: str) -> str | None:
     """Why no kernel runs on this type of device, or None when one does."""
