@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
-from models import CountedOperators, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
+from models import HIDDEN, WIDE, CountedOperators, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_swiglu import patch_model, unpatch_model
+from hf_swiglu import measuring, patch_model, unpatch_model
 from hf_swiglu.fusion import FusedModule
 
 
@@ -82,6 +82,36 @@ def test_gates_memory_is_not_reused_when_somebody_else_may_hold_it(mlp):
     again = nn.Sequential(GateUsedAgain())
     patch_model(again)
     assert not _reuses_gate(again[0])
+
+
+class PackedMLP(nn.Module):
+    def __init__(self, bias=False):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(HIDDEN, 2 * WIDE, bias=False), nn.Linear(WIDE, HIDDEN, bias=bias)
+
+    def forward(self, x):
+        gate, up = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(nn.functional.silu(gate) * up)
+
+
+def test_a_packed_gates_memory_is_reused_where_the_projection_reads_it_in_place():
+    torch.manual_seed(0)
+    mlp, x = PackedMLP().eval(), hidden_states()
+    with torch.no_grad():
+        expected = mlp(x)
+        patch_model(mlp)
+        torch.testing.assert_close(mlp(x), expected)
+        # Gate and up, and the output.
+        allocated = x.shape[:-1].numel() * (2 * WIDE + HIDDEN) * x.element_size()
+        assert measuring.peak_bytes(lambda: mlp(x), x.device) == allocated
+    assert _reuses_gate(mlp) and not _reuses_gate(mlp, grad=True)
+
+    mlp.fc1.register_forward_hook(lambda module, args, out: None)
+    assert not _reuses_gate(mlp)
+    # With a bias the projection would copy the rows that lie apart.
+    biased = PackedMLP(bias=True)
+    patch_model(biased)
+    assert not _reuses_gate(biased)
 
 
 def test_hooks_fire_as_before_and_see_the_same():
