@@ -88,8 +88,11 @@ def gated_product(gate: Tensor, up: Tensor | None, gating: Gating = SILU) -> Ten
 
     Unchecked: what no kernel takes, broadcasting included, is left to plain PyTorch and its errors.
     """
-    # The smallest tensors are asked about first: each question takes a tenth of the time that their product takes.
+    # The smallest tensors are asked about first: each question takes a fiftieth of the time that their product takes,
+    # and F.silu in place of what it calls, a fifteenth.
     if backends.is_tiny(gate):
+        if gating is SILU and up is not None:
+            return torch._C._nn.silu(gate) * up
         return reference.product(gate, up, gating)
     differentiated = torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad))
     if not _kernel_serves(gate, up, differentiated):

@@ -46,8 +46,6 @@ def product(
 
     `activation` is applied to the limited gate in place of the formula's own, where one is given.
     """
-    if gating is SILU and activation is None and up is not None:
-        return F.silu(gate) * up
     if gating.gate_limit != math.inf:
         gate = gate.clamp(max=gating.gate_limit)
     activated = activation(gate) if activation else swish_power(gate, gating.power, gating.alpha)

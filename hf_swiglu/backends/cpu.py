@@ -60,7 +60,7 @@ def run(function: str, inputs: tuple, outputs: tuple, power: int = 1, limits: li
 
 def _run_rows(function: str, inputs: tuple, outputs: tuple, power: int, limits: list[float] | None) -> None:
     tensors = [tensor for tensor in inputs + outputs if tensor is not None]
-    rows = common_rows(*tensors)
+    rows = common_rows(tensors[0].shape, *(tensor.stride() for tensor in tensors))
     if rows is None or any(row.column_stride > _LARGEST_COLUMN_STRIDE for row in rows):
         return _run_copies(function, inputs, outputs, power, limits)
     cut = iter(rows)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
-
-from torch import Tensor
 
 
 class Rows(NamedTuple):
@@ -16,12 +16,25 @@ class Rows(NamedTuple):
     column_stride: int
 
 
-def as_rows(tensor: Tensor) -> Rows | None:
-    """The rows of `tensor`, or None when its leading dimensions do not lie at one regular stride."""
-    if tensor.dim() == 0:
+@functools.lru_cache(maxsize=1024)
+def common_rows(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[Rows, ...] | None:
+    """The rows of several tensors of one shape, cut alike; None when one of them cannot be cut so.
+
+    Shapes come again and again, and this would take as long as the product of 10,000 elements.
+    """
+    if all(stride == strides[0] for stride in strides) and _is_dense(shape, strides[0]):
+        count = math.prod(shape)
+        return (Rows(1, count, count, 1),) * len(strides)
+    cut = [rows for stride in strides if (rows := as_rows(shape, stride)) is not None]
+    return tuple(cut) if len(cut) == len(strides) else None
+
+
+def as_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> Rows | None:
+    """The rows of a tensor, or None when its leading dimensions do not lie at one regular stride."""
+    if not shape:
         return Rows(1, 1, 1, 1)
-    *lead_sizes, columns = tensor.shape
-    *lead_strides, column_stride = tensor.stride()
+    *lead_sizes, columns = shape
+    *lead_strides, column_stride = strides
     rows, row_stride = 1, 0
     for size, stride in zip(reversed(lead_sizes), reversed(lead_strides)):
         if size == 1:
@@ -34,19 +47,10 @@ def as_rows(tensor: Tensor) -> Rows | None:
     return Rows(rows, columns, row_stride, column_stride)
 
 
-def common_rows(*tensors: Tensor) -> list[Rows] | None:
-    """The rows of several tensors of one shape, cut alike; None when one of them cannot be cut so."""
-    if all(tensor.stride() == tensors[0].stride() for tensor in tensors) and _is_dense(tensors[0]):
-        count = tensors[0].numel()
-        return [Rows(1, count, count, 1)] * len(tensors)
-    cut = [rows for tensor in tensors if (rows := as_rows(tensor)) is not None]
-    return cut if len(cut) == len(tensors) else None
-
-
-def _is_dense(tensor: Tensor) -> bool:
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the elements fill one run of memory, in whatever order: tensors of equal strides then match up."""
     expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+    for stride, size in sorted(zip(strides, shape)):
         if size != 1 and stride != expected:
             return False
         expected *= size

@@ -175,7 +175,7 @@ def _run(flat_kernel, rows_kernel, inputs: tuple, outputs: tuple, gating: Gating
     if all(tensor.is_contiguous() for tensor in present):
         _launch(flat_kernel, -(-count // TILE.value), operands, count, gating, count % TILE.value == 0)
         return
-    cuts = common_rows(*present)
+    cuts = common_rows(present[0].shape, *(tensor.stride() for tensor in present))
     if cuts is None:
         _run_on_copies(flat_kernel, rows_kernel, inputs, outputs, gating)
         return

@@ -48,10 +48,16 @@ def measure(device: torch.device, seconds: float, compiled: bool) -> Iterator[Ro
 
 def rivals(what: str, packed: Tensor) -> dict[str, Callable[[], object]]:
     """GELU, next to the self-gated product: a plain MLP has the one or the other."""
-    if what != "self-gated":
-        return {}
+    gelus: dict[str, Callable[[Tensor], Tensor]] = {
+        "gelu erf": F.gelu,
+        "gelu tanh": functools.partial(F.gelu, approximate="tanh"),
+    }
     x = packed.contiguous()
-    return {"gelu erf": lambda: F.gelu(x), "gelu tanh": lambda: F.gelu(x, approximate="tanh")}
+    if what == "self-gated":
+        return {name: functools.partial(gelu, x) for name, gelu in gelus.items()}
+    if what == "self-gated, forward and backward":
+        return {name: _training(gelu, x.requires_grad_(), torch.randn_like(x)) for name, gelu in gelus.items()}
+    return {}
 
 
 def _check(contenders: dict[str, Function], exact: Outputs) -> None:
@@ -126,12 +132,13 @@ def _self_gated_training(packed: Tensor, other: Tensor, *_: Tensor) -> tuple[Out
     x = packed[:, : packed.shape[1] // 2].contiguous().requires_grad_()
     grad = other[:, : x.shape[1]].contiguous()
 
-    def training(activation: Callable[[Tensor], Tensor]) -> Function:
-        return lambda: torch.autograd.grad(activation(x), (x,), grad)
-
     leaf = x.detach().double().requires_grad_()
     exact = torch.autograd.grad(leaf * F.silu(leaf), (leaf,), grad.double())
-    return exact, 0.0, {"eager": training(lambda x: x * F.silu(x)), "ours": training(swiglu)}
+    return exact, 0.0, {"eager": _training(lambda x: x * F.silu(x), x, grad), "ours": _training(swiglu, x, grad)}
+
+
+def _training(activation: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Function:
+    return lambda: torch.autograd.grad(activation(x), (x,), grad)
 
 
 DIRECTIONS: dict[str, Callable[..., tuple[Outputs, float, dict[str, Function]]]] = {
