@@ -14,7 +14,7 @@ Contenders = Mapping[str, Callable[[], object]]
 
 # A turn is this long at least: shorter ones would measure the clock, and what the others left in the caches.
 _TURN_SECONDS = 0.005
-_FEWEST_ROUNDS = 3
+_FEWEST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def take_turns(contenders: Contenders, seconds: float, device: torch.device) -> 
 
     Args:
         contenders: functions without arguments.
-        seconds: how long to go on for each contender; three rounds are completed in any case.
+        seconds: how long to go on for each contender; five rounds are completed in any case.
     """
     turn = _device_turn if device.type != "cpu" else _cpu_turn
     numbers = {name: _calls_in_a_turn(function) for name, function in contenders.items()}
