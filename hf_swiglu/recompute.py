@@ -6,6 +6,8 @@ to pack that tensor as "ask the product's node". Any module can stand there: wha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -39,8 +41,10 @@ def project(module: nn.Module, name: str, product: Tensor) -> Tensor:
         if is_traceable_wrapper_subclass(tensor):
             # A DTensor of tensor parallelism has the product inside.
             names, context = tensor.__tensor_flatten__()
-            if len(names) == 1 and is_product(getattr(tensor, names[0])):
-                return _Rewrapped(_Recomputed(node, getattr(tensor, names[0])), tensor, names[0], context)
+            parts = {name: getattr(tensor, name) for name in names}
+            tensors = [name for name, part in parts.items() if isinstance(part, Tensor)]
+            if len(tensors) == 1 and is_product(parts[tensors[0]]):
+                return _Rewrapped(parts | {tensors[0]: _Recomputed(node, parts[tensors[0]])}, tensor, context)
         elif is_product(tensor):
             return _Recomputed(node, tensor)
         return tensor if outer is None else outer[0](tensor)
@@ -70,12 +74,12 @@ class _Recomputed:
 
 
 class _Rewrapped:
-    """A tensor subclass around a view of the product."""
+    """A tensor subclass around a view of the product; `parts` are what `__tensor_flatten__` names."""
 
-    def __init__(self, inner: _Recomputed, wrapper: Tensor, name: str, context: object):
-        self._inner, self._class, self._name, self._context = inner, type(wrapper), name, context
+    def __init__(self, parts: dict[str, Any], wrapper: Tensor, context: object):
+        self._parts, self._class, self._context = parts, type(wrapper), context
         self._size, self._stride = wrapper.size(), wrapper.stride()
 
     def tensor(self) -> Tensor:
-        inner = {self._name: self._inner.tensor()}
-        return self._class.__tensor_unflatten__(inner, self._context, self._size, self._stride)  # type: ignore[attr-defined]
+        parts = {name: part.tensor() if isinstance(part, _Recomputed) else part for name, part in self._parts.items()}
+        return self._class.__tensor_unflatten__(parts, self._context, self._size, self._stride)  # type: ignore[attr-defined]
