@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -84,7 +84,9 @@ def load(source: Source, device: torch.device) -> tuple[PreTrainedModel, PreTrai
     """
     # Reading a GGUF file's header takes seconds; a config passed in saves from_pretrained one reading of it.
     config = load_config(source)
-    quantization = {"quantization_config": GgufConfig(dequantize=True)} if source.gguf_file else {}
+    # Releases without this config dequantise anyway.
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    quantization = {"quantization_config": gguf_config(dequantize=True)} if source.gguf_file and gguf_config else {}
     with _in_one_line(source):
         tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.arguments)
         model = AutoModelForCausalLM.from_pretrained(

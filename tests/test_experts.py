@@ -7,11 +7,9 @@ import torch
 from models import VOCABULARY, CountedOperators
 from tolerance import assert_close_to_float64
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM, NemotronHConfig
+from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
-from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 from hf_swiglu import patch_model, unpatch_model
 from hf_swiglu.reference import SILU
@@ -91,8 +89,11 @@ def test_another_activation_among_the_experts_is_named():
 
 
 def test_limits_are_those_of_each_module():
+    later = "transformers.models.step3p7.modeling_step3p7"
+    step3p7 = pytest.importorskip(later, reason="these experts came later")
+
     def experts(limit):
-        module = Step3p7Experts.__new__(Step3p7Experts)
+        module = step3p7.Step3p7Experts.__new__(step3p7.Step3p7Experts)
         nn.Module.__init__(module)
         module.act_fn, module.limit = ACT2FN["silu"], limit
         module.gate_up_proj = nn.Parameter(torch.empty(1, 2, 2))
@@ -156,10 +157,12 @@ def test_an_activation_that_is_not_multiplied_everywhere_does_not_wait():
 
 
 def test_experts_without_a_gate_are_none_of_ours():
-    config = NemotronHConfig(
+    later = "transformers.models.nemotron_h.modeling_nemotron_h"
+    nemotron_h = pytest.importorskip(later, reason="these experts came later")
+    config = nemotron_h.NemotronHConfig(
         layers_block_type=["moe"], hidden_size=32, n_routed_experts=4, moe_intermediate_size=64, mlp_hidden_act="silu"
     )
-    experts = NemotronHExperts(config)
+    experts = nemotron_h.NemotronHExperts(config)
     assert experts.has_gate is False
     assert not patch_model(nn.Sequential(experts), strict=False)
 

@@ -124,7 +124,7 @@ def test_an_exception_inside_comes_through():
 
 def test_a_constructor_that_fails_does_not_spoil_the_next():
     with patch_on_load() as reports:
-        with pytest.raises(Exception, match=r"heads|divisible|size"):
+        with pytest.raises(Exception, match=r"heads|divisible|dimension|size"):
             LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": -1}))
         model = LlamaForCausalLM(LlamaConfig(**SIZES))
     assert fused(model) == 2 and len(reports) == 1
