@@ -122,6 +122,8 @@ def _inputs(module: nn.Module) -> list[Tensor]:
             (2, _TOKENS // 2, width),
             (4, width, _TOKENS // 4),
             (1, 4, _TOKENS // 4, width),
+            # Weights that are given as inputs, and multiplied as they are.
+            (width, width),
         ):
             inputs = _arguments(module, shape)
             try:
@@ -178,8 +180,8 @@ def _run(module: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _implementations(module: nn.Module) -> tuple[str, ...]:
-    # The decorator that dispatches between the implementations has `has_gate` set.
-    return EXPERTS_IMPLEMENTATIONS if hasattr(module, "has_gate") else ("eager",)
+    # The decorator that dispatches between the implementations sets `is_transposed`.
+    return EXPERTS_IMPLEMENTATIONS if hasattr(module, "is_transposed") else ("eager",)
 
 
 def _choose(module: nn.Module, implementation: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import inspect
+from dataclasses import fields, is_dataclass
 
 from transformers import PretrainedConfig
 
@@ -41,26 +42,29 @@ def small_config(cls: type[PretrainedConfig]) -> PretrainedConfig:
     """A config of this class with few layers; the default one where the class takes no smaller."""
     default = cls()
     try:
-        return cls(**_arguments(default, {}))
+        small = cls(**_arguments(default, {}))
     except Exception:
         # Configs check themselves in their own ways, with any exception; a large model builds as well, only slower.
         return default
+    # Composite configs of older releases leave a part out that is given as a config.
+    return small if vars(small).keys() >= vars(default).keys() else default
 
 
 def _arguments(config: PretrainedConfig, changed: dict[str, object]) -> dict[str, object]:
     """What to pass to the config's class for a config like this one, but with few layers."""
     changed |= _OVERRIDES.get(config.model_type, {})
-    values = {field.name: vars(config)[field.name] for field in fields(config) if field.name in vars(config)}
-    many = max((values[name] for name in _LAYERS if type(values.get(name)) is int), default=0)
     declared = _declared(type(config))
+    values = {name: vars(config)[name] for name in declared if name in vars(config)}
+    many = max((values[name] for name in _LAYERS if type(values.get(name)) is int), default=0)
     for name, value in values.items():
+        listed = isinstance(declared[name], list | tuple) and len(declared[name]) > 0
         if isinstance(value, PretrainedConfig):
             changed[name] = type(value)(**_arguments(value, _differences(value)))
         elif name in changed:
             continue
         elif name in _FEW and type(value) is int and value > _FEW[name]:
             changed[name] = _FEW[name]
-        elif isinstance(value, list | tuple) and many > _FEW["depth"] and len(value) == many and declared.get(name):
+        elif listed and isinstance(value, list | tuple) and len(value) == many > _FEW["depth"]:
             changed[name] = _each_kind(list(value), _FEW["depth"])
     return changed
 
@@ -69,15 +73,15 @@ def _differences(config: PretrainedConfig) -> dict[str, object]:
     """The fields that a composite model's config sets differently from the part's own defaults."""
     default = type(config)()
     ours, theirs = vars(config), vars(default)
-    return {
-        field.name: ours[field.name]
-        for field in fields(config)
-        if field.name in ours and ours[field.name] != theirs.get(field.name)
-    }
+    return {name: ours[name] for name in _declared(type(config)) if name in ours and ours[name] != theirs.get(name)}
 
 
 def _declared(cls: type[PretrainedConfig]) -> dict[str, object]:
-    return {field.name: field.default for field in fields(cls) if isinstance(field.default, list | tuple)}
+    """What the config's class takes, with the defaults: its fields, or its constructor's parameters."""
+    if is_dataclass(cls):
+        return {field.name: field.default for field in fields(cls)}
+    parameters = inspect.signature(cls).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD}
 
 
 def _each_kind(values: list, count: int) -> list:

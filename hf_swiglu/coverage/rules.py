@@ -38,6 +38,7 @@ RULES = (
     Rule("an output gate of attention", r"\w*(Attention|GatedProjection|PairWeightedAveraging|FoldDiffusionLayer)",
          _SQUASHES, r"(.* )?(attn_output|output|o|y|gate)\b.*"),
     Rule("an output gate of attention, and one of a transition", r"EsmFold2DiffusionLayer", _SQUASHES),
+    Rule("a decay of linear attention's queries, keys or states", r"\w*Attention", source=r"\w+ \* \w*_decay"),
     Rule("a scale of attention's queries, keys or positions", r"\w*(Attention|PoolingHead)", _SQUASHES),
     Rule("a scale of attention's queries, made once at initialisation", r"Gemma3n\w+", _SQUASHES, r"q_scale \*.*"),
     Rule("the gate of a norm, behind a state-space or linear attention", r"\w*(RMSNormGated|GatedRMSNorm)"),

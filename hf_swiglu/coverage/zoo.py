@@ -62,26 +62,30 @@ def build_zoo(wanted: Iterable[type[nn.Module]]) -> Zoo:
     """Builds each model type once; for `wanted` classes that are still missing then, other models, or them alone."""
     zoo = Zoo(len(CONFIG_MAPPING_NAMES))
     wanted = set(wanted)
-    with _recorded(wanted):
+    with _recorded(wanted) as begun:
         for model_type in CONFIG_MAPPING_NAMES:
             reason = _why_not(functools.partial(_build_type, zoo, model_type))
             if reason is not None:
                 zoo.unbuilt_types[model_type] = reason
         for model in _other_models(wanted, zoo):
             _why_not(functools.partial(_build, zoo, model))
+        # Some models fail only once their parts are built: for want of layers, or when their weights are tied.
+        for cls in begun.keys() - zoo.specimens.keys():
+            zoo.keep(begun[cls])
         for cls in sorted(wanted - zoo.specimens.keys(), key=lambda cls: (cls.__module__, cls.__name__)):
             _why_not(functools.partial(_build_alone, zoo, cls))
     return zoo
 
 
 @contextlib.contextmanager
-def _recorded(classes: set[type[nn.Module]]) -> Iterator[None]:
-    """Has every instance of these classes remember what its constructor was given."""
+def _recorded(classes: set[type[nn.Module]]) -> Iterator[dict[type[nn.Module], nn.Module]]:
+    """Has every instance of these classes remember what its constructor was given; yields the first of each."""
+    begun: dict[type[nn.Module], nn.Module] = {}
     originals = {cls: vars(cls).get("__init__") for cls in classes}
     for cls in classes:
-        cls.__init__ = _recording(cls, cls.__init__)
+        cls.__init__ = _recording(cls, cls.__init__, begun)
     try:
-        yield
+        yield begun
     finally:
         for cls, original in originals.items():
             if original is None:
@@ -90,12 +94,13 @@ def _recorded(classes: set[type[nn.Module]]) -> Iterator[None]:
                 cls.__init__ = original
 
 
-def _recording(cls: type[nn.Module], original):
+def _recording(cls: type[nn.Module], original, begun: dict[type[nn.Module], nn.Module]):
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
         original(self, *args, **kwargs)
         if type(self) is cls:
             vars(self)[_ARGUMENTS] = (args, kwargs)
+            begun.setdefault(cls, self)
 
     return __init__
 
@@ -174,7 +179,11 @@ def _configs_for(cls: type[nn.Module]) -> Iterator[object]:
     annotated = str(inspect.signature(cls.__init__).parameters.get("config", ""))
     named = [value for value in vars(module).values() if inspect.isclass(value) and value in _models_by_config()]
     for config_class in sorted(named, key=lambda value: value.__name__ not in annotated):
-        config = small_config(config_class)
+        try:
+            config = small_config(config_class)
+        except Exception:
+            # Some want a library that is not installed, or have no default.
+            continue
         yield config
         yield from (value for value in vars(config).values() if isinstance(value, PreTrainedConfig))
     # For classes that transformers has and never uses: they are copies of LLaMA's.
