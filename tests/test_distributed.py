@@ -29,7 +29,7 @@ CONFIGS = ROOT / "examples" / "configs"
 DRIVER = """
 import os, runpy, sys
 from accelerate import Accelerator, DistributedType, PartialState
-from hf_swiglu import _ops
+from hf_swiglu import backends
 
 PartialState(cpu=True)
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -39,7 +39,7 @@ if {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & os.environ.keys():
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     del os.environ["ACCELERATE_USE_CPU"]
 
-prepare, product, calls = Accelerator.prepare, _ops.product, []
+prepare, product, calls = Accelerator.prepare, backends.product, []
 
 def show(self, *args):
     model, optimizer = prepare(self, *args)
@@ -47,7 +47,7 @@ def show(self, *args):
     return model, optimizer
 
 Accelerator.prepare = show
-_ops.product = lambda *args: calls.append(args[0].shape) or product(*args)
+backends.product = lambda *args: calls.append(args[0].shape) or product(*args)
 sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
