@@ -218,14 +218,15 @@ def _is_needed(activation: nn.Module, power: int) -> bool:
 def is_watched(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class's forward: hooks, or a forward of its own."""
     state = vars(module)
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-        or nn_module._has_any_global_hook()
-    )
+    if "forward" in state or nn_module._has_any_global_hook():
+        return True
+    hooks = [state[name] for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")]
+    return any(hooks) and (bool(module._parameters) or not all(map(_only_gather, hooks)))
+
+
+def _only_gather(hooks: Mapping[int, Callable]) -> bool:
+    # DeepSpeed's ZeRO-3 hooks every module, to gather the parameters that it has; an activation has none.
+    return all((getattr(hook, "__module__", None) or "").startswith("deepspeed.") for hook in hooks.values())
 
 
 def _is_fresh(projection: nn.Module) -> bool:

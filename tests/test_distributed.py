@@ -85,6 +85,8 @@ def launch(config: str, arguments, out: Path, *options) -> str:
     driver = out.parent / "driver.py"
     driver.write_text(DRIVER)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Also where DeepSpeed would find a GPU.
+    environment["DS_ACCELERATOR"] = "cpu"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
     script = [driver, SCRIPT, *arguments, "--batch", "2", "--out", out, *options]
     command += ["--num_processes", "2", "--main_process_port", str(free_port()), *script]

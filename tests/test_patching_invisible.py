@@ -133,6 +133,24 @@ def test_hooks_fire_as_before_and_see_the_same():
     torch.testing.assert_close(after, before)
 
 
+def test_hooks_that_only_gather_parameters_leave_the_activation_fused(mlp):
+    gathered = []
+
+    def gather(module, args):
+        gathered.append(module)
+
+    # Where DeepSpeed's own come from.
+    gather.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    for module in mlp.modules():
+        module.register_forward_pre_hook(gather)
+    with CountedOperators() as operators:
+        mlp(hidden_states())
+        assert operators.names == ["product"] and {mlp.w1, mlp.w2, mlp.w3} <= set(gathered)
+        mlp.act.register_forward_hook(lambda module, args, out: None)
+        mlp(hidden_states())
+    assert operators.names == ["product"] and mlp.act in gathered
+
+
 def test_a_global_hook_sees_the_same_modules(mlp):
     names = []
     handle = nn.modules.module.register_module_forward_hook(
