@@ -70,10 +70,10 @@ def shared_copy(module: nn.Module) -> nn.Module:
 
 
 def _takes_minutes(module: nn.Module, what: str, tokens: int) -> bool:
-    # A processor without bfloat16 products computes 20 GFLOP/s of them forward and 4 backward, and 120 of float32's
+    # A processor without bfloat16 products computes 20 GFLOP/s of them forward and 3 backward, and 120 of float32's
     # (2 cores of an EPYC 7003).
     weight = next(module.parameters())
-    forward, backward = (2e10, 4e9) if weight.dtype == torch.bfloat16 else (1.2e11, 1.2e11)
+    forward, backward = (2e10, 3e9) if weight.dtype == torch.bfloat16 else (1.2e11, 1.2e11)
     operations = 6 * weight.numel() * tokens
     seconds = operations / forward + (2 * operations / backward if what == "training" else 0)
     return weight.device.type == "cpu" and seconds > 15
