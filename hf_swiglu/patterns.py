@@ -75,6 +75,20 @@ def calls(node: object, targets: set) -> bool:
     return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
 
 
+def part_of(node: fx.Node) -> tuple[fx.Node, str] | None:
+    """(packed, which) when the node is a half that `chunk(2, dim=-1)` cuts, or the even or odd columns."""
+    if node.op != "call_function" or node.target is not operator.getitem:
+        return None
+    source, index = node.args
+    if isinstance(index, tuple):
+        columns = [(..., slice(None, None, 2)), (..., slice(1, None, 2))]
+        return (source, ("even", "odd")[columns.index(index)]) if index in columns else None
+    if index not in (0, 1) or not calls(source, {torch.chunk, "chunk"}):
+        return None
+    given = dict(zip(("input", "chunks", "dim"), source.args)) | source.kwargs
+    return (source.args[0], f"half {index}") if (given.get("chunks"), given.get("dim")) == (2, -1) else None
+
+
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 

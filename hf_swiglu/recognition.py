@@ -23,8 +23,8 @@ from hf_swiglu.patterns import (
     OTHER_FUNCTIONS,
     Activated,
     attribute_gating,
-    calls,
     match_product,
+    part_of,
 )
 from hf_swiglu.purity import multiplied_attributes, multiplies_a_call, why_a_trace_would_lie
 from hf_swiglu.reference import Gating
@@ -69,7 +69,7 @@ class GatedProduct:
     @property
     def packed(self) -> tuple[fx.Node, str] | None:
         """The node that holds gate and up side by side, and its layout in `functional.LAYOUTS`."""
-        gate, up = _part(self.gate), _part(self.up)
+        gate, up = part_of(self.gate), part_of(self.up)
         if gate is None or up is None or gate[0] is not up[0]:
             return None
         layouts = {("half 0", "half 1"): "gate_up", ("half 1", "half 0"): "up_gate", ("even", "odd"): "interleaved"}
@@ -279,20 +279,6 @@ def _comes_from_a_projection(node: object) -> bool:
             return True
         node = node.args[0]
     return isinstance(node, fx.Node) and node.op == "call_module"
-
-
-def _part(node: fx.Node) -> tuple[fx.Node, str] | None:
-    """(packed, which) when the node is a half that `chunk(2, dim=-1)` cuts, or the even or odd columns."""
-    if node.op != "call_function" or node.target is not operator.getitem:
-        return None
-    source, index = node.args
-    if isinstance(index, tuple):
-        columns = [(..., slice(None, None, 2)), (..., slice(1, None, 2))]
-        return (source, ("even", "odd")[columns.index(index)]) if index in columns else None
-    if index not in (0, 1) or not calls(source, {torch.chunk, "chunk"}):
-        return None
-    given = dict(zip(("input", "chunks", "dim"), source.args)) | source.kwargs
-    return (source.args[0], f"half {index}") if (given.get("chunks"), given.get("dim")) == (2, -1) else None
 
 
 def _check_understood(graph: fx.Graph) -> None:
