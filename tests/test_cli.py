@@ -185,8 +185,8 @@ def test_demo(capsys, llama):
     before, after = re.search(r"perplexity on The Tempest: (\S+) before, (\S+) after", stdout).groups()
     assert float(before) == pytest.approx(float(after), rel=1e-5) and float(before) > 1
     assert "40 tokens: identical before and after" in stdout
-    for phase in ("prefill, 1 x 512", "decode, 8 tokens", "training, 1 x 256"):
-        assert re.search(rf"{phase}: time +[\d.,]+ ms +[\d.,]+ ms +[\d.]+x( slower|, within noise)? +[01] of 1", stdout)
+    for phase in ("prefill, 1 x 512", "decode, 8 tokens", "training, 2 x 256"):
+        assert re.search(rf"{phase}: time +[\d.,]+ ms +[\d.,]+ ms +[\d.]+x( slower| noise)? +[01] of 1", stdout)
         assert re.search(rf"{phase}: memory +[\d.,]+ MB +[\d.,]+ MB +[\d.]+x( more)?\s", stdout)
     assert "\x1b" not in stdout
 
@@ -214,7 +214,7 @@ def test_a_slower_row_says_so():
     same = Measurement("prefill", ([1.0] * 5, [1.5, 0.9, 1.1, 0.8, 0.9]), [2_000_000, 1_000_000])
     faster = Measurement("training", ([1.0, 9.0, 1.0, 9.0, 1.0], [0.5, 4.5, 0.5, 4.5, 0.5]), [1_000_000, 1_000_000])
     column = demo.table(demo.DemoResult(None, (None, None), [slower, same, faster])).columns
-    times = ["0.67x slower", "1.11x, within noise", "2.00x"]
+    times = ["0.67x slower", "1.11x noise", "2.00x"]
     assert list(column[3].cells) == [*times, "0.50x more", "2.00x", "1.00x"]
     assert list(column[4].cells) == ["1 of 5", "3 of 5", "5 of 5", "", "", ""]
 
@@ -244,5 +244,5 @@ def test_demo_fuses_every_mlp_of_the_real_smollm2():
     assert result.equal and result.outputs[0].perplexity < 100
     prefill, _, training = result.measurements
     # Per layer and token eager keeps gate, swish(gate), up and the product; fused, at most three of them.
-    assert training.peak_bytes[0] - training.peak_bytes[1] > 0.9 * 30 * 256 * 1536 * 4
+    assert training.peak_bytes[0] - training.peak_bytes[1] > 0.9 * 30 * 512 * 1536 * 4
     assert prefill.peak_bytes[1] <= prefill.peak_bytes[0]
