@@ -9,13 +9,18 @@ OLDEST_READY := $(OLDEST)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
 PYTHON_FILES := setup.py hf_swiglu tests examples
 
-.PHONY: demo test check coverage coverage-oldest bench clean
+.PHONY: demo test test-deepspeed check coverage coverage-oldest bench clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# DeepSpeed compiles itself where it is installed, which takes a compiler for C++.
+test-deepspeed: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt deepspeed
+	$(BIN)/python -m pytest tests/test_distributed.py -k deepspeed
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -126,7 +126,10 @@ def table(result: DemoResult) -> Table:
         before, after = row.peak_bytes
         ratio = f"{before / after:.2f}x" + ("" if before >= after else " more")
         rows.add_row(f"{row.phase}: memory", f"{before / 1e6:,.1f} MB", f"{after / 1e6:,.1f} MB", ratio, "")
-    rows.caption = "noise: the middle half of the rounds holds ratios above 1 and below\ntraining: forward and backward\nmemory: peak of what the phase allocates, beside the weights"
+    rows.caption = (
+        "noise: the middle half of the rounds has ratios above 1 and below\ntraining: forward and backward\n"
+        "memory: peak of what the phase allocates, beside the weights"
+    )
     rows.caption_justify = "left"
     return rows
 

@@ -157,7 +157,9 @@ def test_fsdp2_with_lora(arguments, one_process, tmp_path):
     assert any(parameter.abs().sum() > 0 for name, parameter in trained.named_parameters() if "lora_B" in name)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: make test-deepspeed"
+)
 def test_deepspeed_zero3(arguments, one_process, tmp_path):
     out = tmp_path / "out"
     assert "DeepSpeedEngine" in launch("zero3.yaml", arguments, out)
