@@ -124,6 +124,22 @@ def test_every_16_bit_number(dtype, power):
     assert not wrong.any(), (gate[wrong][:5], out[wrong][:5], expected[wrong][:5])
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_the_gradient_of_every_16_bit_number(dtype):
+    """A sigmoid that is not quite 1 would show next to a large gate."""
+    gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    ones, grad_gate, grad_up = torch.ones_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+    cpu.product_backward(ones, gate, ones, grad_gate, grad_up)
+    leaf = gate.double().requires_grad_()
+    F.silu(leaf).sum().backward()
+    expected = leaf.grad
+    torch.testing.assert_close(grad_gate.isnan(), expected.isnan())
+    # Where the slope crosses zero, its terms are of the size of 1.
+    unit = torch.finfo(dtype).eps * expected.abs().clamp(min=0.125)
+    wrong = (grad_gate.double() - expected).abs() > unit
+    assert not wrong.any(), (gate[wrong][:5], grad_gate[wrong][:5], expected[wrong][:5])
+
+
 @pytest.mark.parametrize("gating", (SILU, SWIGLU), ids=("silu", "swiglu"))
 def test_special_values(gating):
     largest, tiny = torch.finfo(torch.float32).max, 1e-45
@@ -152,7 +168,8 @@ def test_clamps_pass_their_gradient_on_the_limit_as_in_pytorch():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_tail_writes_its_elements_and_no_others(dtype):
-    for count in range(41):
+    # The largest block is 64 elements.
+    for count in range(131):
         gate, up, grad = operands(count, dtype=dtype)
         buffers = [torch.full((count + 64,), 123.0, dtype=dtype) for _ in range(3)]
         out, grad_gate, grad_up = (buffer[32 : 32 + count] for buffer in buffers)

@@ -7,59 +7,51 @@
 
 #include "kernels.h"
 
-enum { BLOCK = 2 * LANES, MAX_ELEMENT_SIZE = 4 };
+enum { BLOCK = PAIRS * 2 * LANES, MAX_ELEMENT_SIZE = 4 };
 
-/* e^-x for |x| <= ln(2) / 2, of least relative error (Remez): 7.5e-8 with six coefficients, where half an ulp of a
-   float32 is 6.0e-8; 2.6e-6 with five, 1 % of half an ulp of a float16; 7.5e-5 with four, 4 % of a bfloat16's. */
-INLINE vfloat exp_minus_fraction(int dtype, vfloat x)
+/* e^-x: 2^n times what the polynomial makes of the rest, with n the integer nearest to -x / ln(2). */
+INLINE vfloat exp_minus(int dtype, vfloat x)
 {
-    vfloat y;
-    if (dtype == BFLOAT16) {
-        y = v_mul_add(x, v_set(-0.1656684235f), v_set(0.5049632642f));
-        y = v_mul_add(x, y, v_set(-1.000164186f));
-        return v_mul_add(x, y, v_set(0.9999280735f));
-    }
-    if (dtype == FLOAT16) {
-        y = v_mul_add(x, v_set(4.145860865e-2f), v_set(-1.679090721e-1f));
-        y = v_mul_add(x, y, v_set(5.000435866e-1f));
-        y = v_mul_add(x, y, v_set(-0.9999634049f));
-        return v_mul_add(x, y, v_set(0.9999992614f));
-    }
-    y = v_mul_add(x, v_set(-8.297655198e-3f), v_set(4.191538198e-2f));
-    y = v_mul_add(x, y, v_set(-1.666757473e-1f));
-    y = v_mul_add(x, y, v_set(4.999889485e-1f));
-    y = v_mul_add(x, y, v_set(-0.999999692f));
-    return v_mul_add(x, y, v_set(1.000000072f));
-}
+    /* At -88.8 it is an infinity; at 110 it is 0, and so it is at 88 where 2^-127 counts as 0. */
+    if (dtype == FLOAT32 || SCALE_IS_LIMITED)
+        x = v_at_least(v_at_most(x, v_set(SCALE_IS_LIMITED ? 88.0f : 110.0f)), v_set(-88.8f));
+    vfloat exponent = v_mul(x, v_set(-1.44269504f)), n = v_round(exponent), y;
 
-/* 1 / (1 + e^-x), for any x but NaN, which a product with x brings back. */
-INLINE vfloat sigmoid(int dtype, vfloat x)
-{
-    /* A sum with `shift` leaves the nearest integer plus 127, which is a float's exponent, in its lowest bits. */
-    const vfloat shift = v_set(12582912.0f + 127.0f), largest_exponent = v_set(12582912.0f + 254.0f);
-
-    /* e^-x = 2^n e^-fraction, with fraction = x + n ln(2). Above 40 the sigmoid is 1 to the last bit. */
-    vfloat inside = v_at_most(x, v_set(40.0f));
-    /* Below -88.4, e^-x overflows and the sigmoid is exactly 0: that makes swish(-inf) the NaN it is in PyTorch.
-       -88.8 has n = 128, which is the exponent of infinity. */
-    if (dtype == BFLOAT16)
-        inside = v_at_least(inside, v_set(-88.8f));
-    vfloat shifted = v_mul_add(inside, v_set(-1.44269504f), shift);
-    vfloat n = v_sub(shifted, shift), fraction;
+    /* Polynomials of least relative error (Remez). For float32 it is e^-rest, |rest| <= ln(2) / 2, to 7.5e-8, where
+       half an ulp is 6.0e-8. The others are 2^rest, |rest| <= 1/2: 2.6e-6 is 1 % of half an ulp of a float16, and 7.5e-5
+       is 4 % of a bfloat16's. */
     if (dtype == FLOAT32) {
         /* ln(2) in two parts, the first of 15 bits, so that its product with n is exact on every processor. */
-        fraction = v_mul_add(n, v_set(0.693145751953125f), inside);
-        fraction = v_mul_add(n, v_set(1.42860682e-6f), fraction);
-    } else {
-        fraction = v_mul_add(n, v_set(0.693147181f), inside);
+        vfloat rest = v_mul_add(n, v_set(0.693145751953125f), x);
+        rest = v_mul_add(n, v_set(1.42860682e-6f), rest);
+        y = v_mul_add(rest, v_set(-8.297655198e-3f), v_set(4.191538198e-2f));
+        y = v_mul_add(rest, y, v_set(-1.666757473e-1f));
+        y = v_mul_add(rest, y, v_set(4.999889485e-1f));
+        y = v_mul_add(rest, y, v_set(-0.999999692f));
+        return v_scale(v_mul_add(rest, y, v_set(1.000000072f)), n);
     }
-    vfloat one_plus_exp = v_mul_add(exp_minus_fraction(dtype, fraction), v_power_of_two(shifted), v_set(1.0f));
-    if (dtype == BFLOAT16)
-        return v_reciprocal_12_bits(one_plus_exp);
-    vfloat result = dtype == FLOAT32 ? v_reciprocal(one_plus_exp) : v_reciprocal_22_bits(one_plus_exp);
-    /* Newton's step has no use for an infinity. */
-    return v_keep_if_at_most(result, shifted, largest_exponent);
+    vfloat rest = v_sub(exponent, n);
+    if (dtype == FLOAT16) {
+        y = v_mul_add(rest, v_set(9.570101863e-3f), v_set(5.591786034e-2f));
+        y = v_mul_add(rest, y, v_set(0.2402474483f));
+        y = v_mul_add(rest, y, v_set(0.6931218147f));
+        return v_scale(v_mul_add(rest, y, v_set(0.9999992614f)), n);
+    }
+    y = v_mul_add(rest, v_set(5.517167233e-2f), v_set(0.2426111224f));
+    y = v_mul_add(rest, y, v_set(0.6932609847f));
+    return v_scale(v_mul_add(rest, y, v_set(0.9999280736f)), n);
 }
+
+/* 1 / (1 + e). Exactly 0 where e is infinite: that makes swish(-inf) the NaN it is in PyTorch. */
+INLINE vfloat sigmoid_of_exp(int dtype, vfloat e)
+{
+    vfloat one_plus_exp = v_add(e, v_set(1.0f));
+    if (dtype == FLOAT32)
+        return v_reciprocal(one_plus_exp);
+    return dtype == FLOAT16 ? v_reciprocal_14_bits(one_plus_exp) : v_reciprocal_12_bits(one_plus_exp);
+}
+
+INLINE vfloat sigmoid(int dtype, vfloat x) { return sigmoid_of_exp(dtype, exp_minus(dtype, x)); }
 
 INLINE vfloat product(int dtype, int variant, vfloat gate, vfloat up, const Gating *gating)
 {
@@ -82,10 +74,17 @@ INLINE vfloat product(int dtype, int variant, vfloat gate, vfloat up, const Gati
 typedef struct { vfloat gate, up; } Gradients;
 
 /* With s = sigmoid(alpha * g):  d(g^p s)/dg = g^(p-1) (p s + alpha g s (1 - s)). */
-INLINE vfloat slope(int power, vfloat alpha, vfloat gate, vfloat s, vfloat swish)
+typedef struct { vfloat swish, slope; } Activation;
+
+INLINE Activation activation(int dtype, int power, vfloat alpha, vfloat gate)
 {
-    vfloat rest = v_mul(swish, v_mul(alpha, v_sub(v_set(1.0f), s)));
-    return power == 1 ? v_add(s, rest) : v_mul(gate, v_add(v_add(s, s), rest));
+    vfloat e = exp_minus(dtype, v_mul(gate, alpha)), s = sigmoid_of_exp(dtype, e), swish = v_mul(gate, s);
+    vfloat complement = v_sub(v_set(1.0f), s);
+    /* There a large gate would show that s is not quite 1. The product is NaN where e is infinite, and s is 0. */
+    if (dtype != FLOAT32 && !RECIPROCAL_OF_1_IS_1)
+        complement = v_min_not_nan(v_mul(e, s), v_set(1.0f));
+    vfloat rest = v_mul(swish, v_mul(alpha, complement));
+    return (Activation){swish, power == 1 ? v_add(s, rest) : v_mul(gate, v_add(v_add(s, s), rest))};
 }
 
 /* Clamps as in PyTorch: the gradient passes inside and on the limit, and is 0 outside and where x is NaN. */
@@ -94,15 +93,14 @@ INLINE Gradients gradients_general(int dtype, vfloat grad, vfloat gate_in, vfloa
     vfloat gate = v_at_most(gate_in, v_set(gating->gate_limit));
     vfloat up = v_at_least(v_at_most(up_in, v_set(gating->up_limit)), v_set(-gating->up_limit));
     vfloat alpha = v_set(gating->alpha);
-    vfloat s = sigmoid(dtype, v_mul(gate, alpha));
-    vfloat swish = v_mul(gate, s);
-    vfloat activated = gating->power == 2 ? v_mul(gate, swish) : swish;
+    Activation act = activation(dtype, gating->power, alpha, gate);
+    vfloat activated = gating->power == 2 ? v_mul(gate, act.swish) : act.swish;
     vfloat act_limit = v_set(gating->act_limit);
 
     vfloat grad_activated = v_mul(grad, v_add(up, v_set(gating->up_offset)));
     if (gating->act_limit < INFINITY)
         grad_activated = v_keep_if_at_most(grad_activated, activated, act_limit);
-    vfloat grad_gate = v_mul(grad_activated, slope(gating->power, alpha, gate, s, swish));
+    vfloat grad_gate = v_mul(grad_activated, act.slope);
     if (gating->gate_limit < INFINITY)
         grad_gate = v_keep_if_at_most(grad_gate, gate_in, v_set(gating->gate_limit));
     vfloat grad_up = v_mul(grad, v_at_most(activated, act_limit));
@@ -117,13 +115,13 @@ INLINE Gradients gradients(int dtype, int variant, vfloat grad, vfloat gate, vfl
 {
     if (variant == GENERAL)
         return gradients_general(dtype, grad, gate, up, gating);
-    vfloat s = sigmoid(dtype, gate);
-    vfloat swish = v_mul(gate, s);
-    vfloat activated = variant == SILU_TIMES_UP ? swish : v_mul(gate, swish);
-    vfloat derivative = slope(variant == SILU_TIMES_UP ? 1 : 2, v_set(1.0f), gate, s, swish);
+    Activation act = activation(dtype, variant == SILU_TIMES_UP ? 1 : 2, v_set(1.0f), gate);
+    vfloat activated = variant == SILU_TIMES_UP ? act.swish : v_mul(gate, act.swish);
     vfloat grad_activated = variant == SWIGLU_ALONE ? grad : v_mul(grad, up);
-    return (Gradients){v_mul(grad_activated, derivative), v_mul(grad, activated)};
+    return (Gradients){v_mul(grad_activated, act.slope), v_mul(grad, activated)};
 }
+
+INLINE int size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 INLINE vpair load(int dtype, const char *p)
 {
@@ -150,25 +148,43 @@ INLINE vpair load_up(int dtype, int variant, const char *p, int64_t offset)
     return load(dtype, p + offset);
 }
 
+/* All loads come before the first store, which the compiler would not move them over. */
 INLINE void forward_block(int dtype, int variant, char *const *operands, int64_t offset, const Gating *gating)
 {
-    vpair gate = load(dtype, operands[0] + offset);
-    vpair up = load_up(dtype, variant, operands[1], offset);
-    vpair out = {product(dtype, variant, gate.a, up.a, gating), product(dtype, variant, gate.b, up.b, gating)};
-    store(dtype, operands[2] + offset, out);
+    const int step = 2 * LANES * size_of(dtype);
+    vpair gate[PAIRS], up[PAIRS];
+    for (int i = 0; i < PAIRS; i++) {
+        gate[i] = load(dtype, operands[0] + offset + i * step);
+        up[i] = load_up(dtype, variant, operands[1], offset + i * step);
+    }
+    for (int i = 0; i < PAIRS; i++) {
+        gate[i].a = product(dtype, variant, gate[i].a, up[i].a, gating);
+        gate[i].b = product(dtype, variant, gate[i].b, up[i].b, gating);
+    }
+    for (int i = 0; i < PAIRS; i++)
+        store(dtype, operands[2] + offset + i * step, gate[i]);
 }
 
 INLINE void backward_block(int dtype, int variant, char *const *operands, int64_t offset, const Gating *gating)
 {
-    vpair grad = load(dtype, operands[0] + offset);
-    vpair gate = load(dtype, operands[1] + offset);
-    vpair up = load_up(dtype, variant, operands[2], offset);
-    Gradients a = gradients(dtype, variant, grad.a, gate.a, up.a, gating);
-    Gradients b = gradients(dtype, variant, grad.b, gate.b, up.b, gating);
-    store(dtype, operands[3] + offset, (vpair){a.gate, b.gate});
-    if (variant == SWIGLU_ALONE || (variant == GENERAL && operands[4] == NULL))
-        return;
-    store(dtype, operands[4] + offset, (vpair){a.up, b.up});
+    const int step = 2 * LANES * size_of(dtype);
+    vpair grad[PAIRS], gate[PAIRS], up[PAIRS];
+    for (int i = 0; i < PAIRS; i++) {
+        grad[i] = load(dtype, operands[0] + offset + i * step);
+        gate[i] = load(dtype, operands[1] + offset + i * step);
+        up[i] = load_up(dtype, variant, operands[2], offset + i * step);
+    }
+    for (int i = 0; i < PAIRS; i++) {
+        Gradients a = gradients(dtype, variant, grad[i].a, gate[i].a, up[i].a, gating);
+        Gradients b = gradients(dtype, variant, grad[i].b, gate[i].b, up[i].b, gating);
+        gate[i] = (vpair){a.gate, b.gate};
+        up[i] = (vpair){a.up, b.up};
+    }
+    for (int i = 0; i < PAIRS; i++) {
+        store(dtype, operands[3] + offset + i * step, gate[i]);
+        if (variant == SILU_TIMES_UP || variant == SWIGLU_TIMES_UP || (variant == GENERAL && operands[4] != NULL))
+            store(dtype, operands[4] + offset + i * step, up[i]);
+    }
 }
 
 INLINE void block(int direction, int dtype, int variant, char *const *operands, int64_t offset, const Gating *gating)
@@ -182,7 +198,7 @@ INLINE void block(int direction, int dtype, int variant, char *const *operands, 
 /* Whole blocks in place; the rest as one block in a buffer, so that nothing outside is read or written. */
 INLINE void run(int direction, int dtype, int variant, char *const *operands, int64_t count, const Gating *gating)
 {
-    const int size = dtype == FLOAT32 ? 4 : 2;
+    const int size = size_of(dtype);
     const int inputs = direction == FORWARD ? 2 : 3, all = direction == FORWARD ? 3 : 5;
     /* Copied, because the compiler must expect a store to change what `operands` points to. */
     char *const at[MAX_OPERANDS] = {operands[0], operands[1], operands[2], all == 5 ? operands[3] : NULL,

@@ -4,7 +4,7 @@
 
 typedef __m256 vfloat;
 typedef struct { vfloat a, b; } vpair;
-enum { LANES = 8 };
+enum { LANES = 8, PAIRS = 1 };
 
 INLINE vfloat v_set(float x) { return _mm256_set1_ps(x); }
 INLINE vfloat v_add(vfloat x, vfloat y) { return _mm256_add_ps(x, y); }
@@ -16,26 +16,37 @@ INLINE vfloat v_mul_add(vfloat x, vfloat y, vfloat z) { return _mm256_fmadd_ps(x
 INLINE vfloat v_at_most(vfloat x, vfloat limit) { return _mm256_min_ps(limit, x); }
 INLINE vfloat v_at_least(vfloat x, vfloat limit) { return _mm256_max_ps(limit, x); }
 
+/* min(x, limit), and limit for NaN. */
+INLINE vfloat v_min_not_nan(vfloat x, vfloat limit) { return _mm256_min_ps(x, limit); }
+
 INLINE vfloat v_keep_if_at_most(vfloat value, vfloat x, vfloat limit)
 {
     return _mm256_and_ps(value, _mm256_cmp_ps(x, limit, _CMP_LE_OQ));
 }
 
-/* 2^n, where the lowest bits of `shifted` hold n + 127. */
-INLINE vfloat v_power_of_two(vfloat shifted)
+INLINE vfloat v_round(vfloat x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+/* x * 2^n for n from -127, which counts as 0, to 128, which makes an infinity. The sum leaves n + 127, a float's
+   exponent, in the lowest bits. */
+enum { SCALE_IS_LIMITED = 1 };
+INLINE vfloat v_scale(vfloat x, vfloat n)
 {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
+    __m256i exponent = _mm256_castps_si256(_mm256_add_ps(n, v_set(12582912.0f + 127.0f)));
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
 
-INLINE vfloat v_reciprocal(vfloat x) { return _mm256_div_ps(_mm256_set1_ps(1.0f), x); }
+INLINE vfloat v_reciprocal(vfloat x) { return _mm256_div_ps(v_set(1.0f), x); }
 
 /* Both are 0 where the result would be subnormal. */
+enum { RECIPROCAL_OF_1_IS_1 = 0 };
 INLINE vfloat v_reciprocal_12_bits(vfloat x) { return _mm256_rcp_ps(x); }
 
-INLINE vfloat v_reciprocal_22_bits(vfloat x)
+/* By a Newton step. For an infinity its correction is NaN, which the minimum replaces by what changes nothing. */
+INLINE vfloat v_reciprocal_14_bits(vfloat x)
 {
-    vfloat guess = _mm256_rcp_ps(x);
-    return _mm256_fmadd_ps(guess, _mm256_fnmadd_ps(x, guess, _mm256_set1_ps(1.0f)), guess);
+    vfloat guess = _mm256_rcp_ps(x), one = v_set(1.0f);
+    vfloat correction = v_min_not_nan(_mm256_fnmadd_ps(x, guess, one), one);
+    return _mm256_fmadd_ps(guess, correction, guess);
 }
 
 INLINE vpair load_float32(const float *p)

@@ -4,7 +4,9 @@
 
 typedef __m512 vfloat;
 typedef struct { vfloat a, b; } vpair;
-enum { LANES = 16 };
+
+/* Four vectors at a time: 32 registers hold them, and their chains of dependent instructions fill each other's gaps. */
+enum { LANES = 16, PAIRS = 2 };
 
 INLINE vfloat v_set(float x) { return _mm512_set1_ps(x); }
 INLINE vfloat v_add(vfloat x, vfloat y) { return _mm512_add_ps(x, y); }
@@ -16,25 +18,31 @@ INLINE vfloat v_mul_add(vfloat x, vfloat y, vfloat z) { return _mm512_fmadd_ps(x
 INLINE vfloat v_at_most(vfloat x, vfloat limit) { return _mm512_min_ps(limit, x); }
 INLINE vfloat v_at_least(vfloat x, vfloat limit) { return _mm512_max_ps(limit, x); }
 
+/* min(x, limit), and limit for NaN. */
+INLINE vfloat v_min_not_nan(vfloat x, vfloat limit) { return _mm512_min_ps(x, limit); }
+
 INLINE vfloat v_keep_if_at_most(vfloat value, vfloat x, vfloat limit)
 {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_LE_OQ), value);
 }
 
-/* 2^n, where the lowest bits of `shifted` hold n + 127. */
-INLINE vfloat v_power_of_two(vfloat shifted)
-{
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23));
-}
+INLINE vfloat v_round(vfloat x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
-/* 14 bits and one Newton step make all 24: nothing is left for a division, nor for something in between. */
+/* x * 2^n for any integer n, an infinite one included, whose 2^n is then all that counts. */
+enum { SCALE_IS_LIMITED = 0 };
+INLINE vfloat v_scale(vfloat x, vfloat n) { return _mm512_scalef_ps(x, n); }
+
+/* 14 bits and one Newton step make all 24, in less time than a division takes. For an infinity the step's correction
+   is NaN, which the minimum replaces by what changes nothing. */
 INLINE vfloat v_reciprocal(vfloat x)
 {
-    vfloat guess = _mm512_rcp14_ps(x);
-    return _mm512_fmadd_ps(guess, _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(1.0f)), guess);
+    vfloat guess = _mm512_rcp14_ps(x), one = v_set(1.0f);
+    vfloat correction = v_min_not_nan(_mm512_fnmadd_ps(x, guess, one), one);
+    return _mm512_fmadd_ps(guess, correction, guess);
 }
 
-INLINE vfloat v_reciprocal_22_bits(vfloat x) { return v_reciprocal(x); }
+enum { RECIPROCAL_OF_1_IS_1 = 1 };
+INLINE vfloat v_reciprocal_14_bits(vfloat x) { return _mm512_rcp14_ps(x); }
 INLINE vfloat v_reciprocal_12_bits(vfloat x) { return _mm512_rcp14_ps(x); }
 
 INLINE vpair load_float32(const float *p)

@@ -6,7 +6,7 @@ typedef float vfloat __attribute__((vector_size(16)));
 typedef int32_t vint __attribute__((vector_size(16)));
 typedef uint32_t vuint __attribute__((vector_size(16)));
 typedef struct { vfloat a, b; } vpair;
-enum { LANES = 4 };
+enum { LANES = 4, PAIRS = 1 };
 
 INLINE vfloat v_set(float x) { return (vfloat){x, x, x, x}; }
 INLINE vfloat v_add(vfloat x, vfloat y) { return x + y; }
@@ -22,26 +22,42 @@ INLINE vuint v_select(vint where, vuint yes, vuint no) { return ((vuint)where & 
 INLINE vfloat v_at_most(vfloat x, vfloat limit) { return (vfloat)v_select(x > limit, (vuint)limit, (vuint)x); }
 INLINE vfloat v_at_least(vfloat x, vfloat limit) { return (vfloat)v_select(x < limit, (vuint)limit, (vuint)x); }
 
+/* min(x, limit), and limit for NaN. */
+INLINE vfloat v_min_not_nan(vfloat x, vfloat limit) { return (vfloat)v_select(x <= limit, (vuint)x, (vuint)limit); }
+
 INLINE vfloat v_keep_if_at_most(vfloat value, vfloat x, vfloat limit)
 {
     return (vfloat)((vint)value & (x <= limit));
 }
 
-/* 2^n, where the lowest bits of `shifted` hold n + 127. */
-INLINE vfloat v_power_of_two(vfloat shifted) { return (vfloat)((vuint)shifted << 23); }
+/* To the nearest integer, for |x| < 2^22: the sum has no bits left for a fraction. */
+INLINE vfloat v_round(vfloat x) { return x + 12582912.0f - 12582912.0f; }
+
+/* x * 2^n for n from -127, which counts as 0, to 128, which makes an infinity. The sum leaves n + 127, a float's
+   exponent, in the lowest bits. */
+enum { SCALE_IS_LIMITED = 1 };
+INLINE vfloat v_scale(vfloat x, vfloat n) { return x * (vfloat)((vuint)(n + (12582912.0f + 127.0f)) << 23); }
 
 INLINE vfloat v_reciprocal(vfloat x) { return 1.0f / x; }
-INLINE vfloat v_reciprocal_22_bits(vfloat x) { return 1.0f / x; }
+enum { RECIPROCAL_OF_1_IS_1 = 1 };
+INLINE vfloat v_reciprocal_14_bits(vfloat x) { return 1.0f / x; }
 INLINE vfloat v_reciprocal_12_bits(vfloat x) { return 1.0f / x; }
 
+/* One vector at a time: a whole pair goes through the stack in GCC 12, and 16 products take 44 ns instead of 17 (SSE2 on
+   an EPYC 9004). */
 INLINE vpair load_float32(const float *p)
 {
-    vpair x;
-    memcpy(&x, p, sizeof x);
-    return x;
+    vfloat a, b;
+    memcpy(&a, p, sizeof a);
+    memcpy(&b, p + LANES, sizeof b);
+    return (vpair){a, b};
 }
 
-INLINE void store_float32(float *p, vpair x) { memcpy(p, &x, sizeof x); }
+INLINE void store_float32(float *p, vpair x)
+{
+    memcpy(p, &x.a, sizeof x.a);
+    memcpy(p + LANES, &x.b, sizeof x.b);
+}
 
 /* Two 16-bit elements share a word: `a` takes the lower ones and `b` the upper ones. */
 INLINE vuint load_words(const uint16_t *p)
