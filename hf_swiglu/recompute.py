@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hf_swiglu import functional
+from hf_swiglu import autograd
 
 
 def child_of(module: nn.Module, name: str) -> nn.Module:
@@ -27,7 +27,7 @@ def project(module: nn.Module, name: str, product: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return down(product)
     node = product.grad_fn
-    if node is None or not functional.can_recompute(node) or product.numel() == 0:
+    if node is None or not autograd.can_recompute(node) or product.numel() == 0:
         return down(product)
     address, version, dtype = product.data_ptr(), product._version, product.dtype
     # Only the innermost hooks apply; what is none of ours goes to the next ones, gradient checkpointing's for instance.
@@ -70,7 +70,7 @@ class _Recomputed:
 
     def tensor(self) -> Tensor:
         with torch.no_grad():
-            return functional.recompute(self._node).as_strided(self._size, self._stride)
+            return autograd.recompute(self._node).as_strided(self._size, self._stride)
 
 
 class _Rewrapped:

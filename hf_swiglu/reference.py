@@ -7,7 +7,7 @@ PyTorch computes for an unpatched model, so falling back to them never changes a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,13 @@ class Gating(NamedTuple):
 SILU = Gating()
 SWIGLU = Gating(power=2)
 
+# Where gate and up lie in a packed tensor [..., 2 * I]; all are views.
+LAYOUTS: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
+    "gate_up": lambda packed: packed.chunk(2, dim=-1),
+    "up_gate": lambda packed: packed.chunk(2, dim=-1)[::-1],
+    "interleaved": lambda packed: (packed[..., ::2], packed[..., 1::2]),
+}
+
 
 def product(
     gate: Tensor, up: Tensor | None, gating: Gating = SILU, activation: Callable[[Tensor], Tensor] | None = None
@@ -46,6 +53,10 @@ def product(
 
     `activation` is applied to the limited gate in place of the formula's own, where one is given.
     """
+    if gating is SILU or gating is SWIGLU:
+        # Nothing to limit; asking five times whether there is takes 0.3 us, where small products take 3.
+        activated = activation(gate) if activation else swish_power(gate, gating.power, 1.0)
+        return activated if up is None else activated * up
     if gating.gate_limit != math.inf:
         gate = gate.clamp(max=gating.gate_limit)
     activated = activation(gate) if activation else swish_power(gate, gating.power, gating.alpha)

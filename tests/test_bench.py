@@ -46,6 +46,22 @@ def test_a_wrong_result_is_refused_not_timed(small, monkeypatch):
         bench.run_bench(["kernel"], seconds=0, show=lambda line: None)
 
 
+def test_of_others_only_the_wrong_ones_are_left_out(small):
+    eager = mlps.LlamaMLP(mlps.LlamaConfig(hidden_size=64, intermediate_size=256))
+    modules = mlps.contenders(eager, compiled=False) | {
+        "same": mlps.shared_copy(eager),
+        "wrong": mlps.shared_copy(eager),
+    }
+    modules["wrong"].act_fn = torch.nn.GELU()
+    with pytest.warns(UserWarning, match="not timed.*wrong: error"):
+        mlps._check(modules, mlps._input(eager, 64))
+    assert list(modules) == ["eager", "ours", "same"]
+    modules["ours"] = mlps.shared_copy(eager)
+    modules["ours"].act_fn = torch.nn.GELU()
+    with pytest.raises(kernels.WrongResult, match="ours: error"):
+        mlps._check(modules, mlps._input(eager, 64))
+
+
 def test_everyone_has_a_turn_in_each_round():
     calls = []
     contenders = {name: lambda name=name: calls.append(name) for name in "ab"}
@@ -80,6 +96,18 @@ def test_the_last_row_of_a_case_counts(written):
         stream.write(json.dumps(again) + "\n")
     found = rows.read([file])
     assert len(found) == len(measured) and found[-1]["contenders"]["eager"]["us"] == 1.5
+
+
+def test_tables_are_of_the_machine_measured_last(written, tmp_path):
+    file, measured = written
+    older = [{**row, "kernel": "C kernel, of long ago"} for row in measured]
+    file.write_text("".join(json.dumps(row) + "\n" for row in older + measured))
+    assert len(rows.read([file])) == 2 * len(measured)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: kernel -->\n<!-- end of table -->\n")
+    bench.plot([file], folder=tmp_path, pages=[page])
+    assert "of long ago" not in page.read_text()
+    assert page.read_text().count("| forward |") == sum(row["what"] == "forward" for row in measured)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_comparison_accepts_what_is_right():
 def test_comparison_refuses_another_activation(monkeypatch):
     monkeypatch.setattr(comparison, "patch_model", after_patching(lambda module: setattr(module, "act_fn", nn.GELU())))
     monkeypatch.setattr(comparison.backends, "unavailable", lambda device: "no kernel runs for GELU")
-    assert "the output: error" in comparison.why_different(mlp_specimen())
+    assert "against float64" in comparison.why_different(mlp_specimen())
 
 
 def test_comparison_refuses_wrong_gradients(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,14 +12,17 @@ from packaging.version import Version
 from torch import Tensor
 
 from hf_swiglu import _ops
+from hf_swiglu.reference import SILU, SWIGLU, Gating
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Up to this many elements plain PyTorch is faster. Whole calls, 2 threads of an EPYC 7003, eager's time over ours for
-# float32 and bfloat16: without gradients 0.94 and 1.28 at 8,192 elements, 1.16 and 1.56 at 12,288; with a backward,
-# where an autograd.Function adds 45 us, 1.02 and 1.16 at 24,576, 1.09 and 1.28 at 40,000.
+# Up to this many elements plain PyTorch is faster, or no slower: with a backward, where an autograd.Function adds up to
+# 10 us to eager's 33; and without one where the kernel cannot be handed the tensors as they are (see `direct`), because
+# their rows lie apart or a dispatch mode looks on. Eager's time over ours, float32 and bfloat16, 2 threads: with a
+# backward 0.95 to 1.03 and 1.03 to 1.20 at 12,288 elements, 1.02 to 1.08 and 1.13 to 1.30 at 16,384 (EPYC 9004, packed
+# and separate); without one 0.94 and 1.28 at 8,192, 1.16 and 1.56 at 12,288 (EPYC 7003).
 SMALLEST_KERNEL = {"cpu": 10_000, "cuda": 0, "xpu": 0}
-SMALLEST_DIFFERENTIATED = {"cpu": 32_768, "cuda": 0, "xpu": 0}
+SMALLEST_DIFFERENTIATED = {"cpu": 12_288, "cuda": 0, "xpu": 0}
 
 
 class Backend(NamedTuple):
@@ -50,22 +54,13 @@ def available_backends() -> tuple[Backend, ...]:
     )
 
 
-def serves(tensor: Tensor, differentiated: bool) -> bool:
-    """Whether a kernel runs for this tensor's device, dtype and size, with gradients to follow or without."""
+def serves(tensor: Tensor, elements: int, differentiated: bool) -> bool:
+    """Whether a kernel runs for so many elements of this tensor's device and dtype, with gradients to follow or not."""
     device = "cpu" if tensor.is_cpu else tensor.device.type
     smallest = (SMALLEST_DIFFERENTIATED if differentiated else SMALLEST_KERNEL).get(device)
     return (
-        smallest is not None
-        and tensor.numel() > smallest
-        and tensor.dtype in KERNEL_DTYPES
-        and unavailable(device) is None
+        smallest is not None and elements > smallest and tensor.dtype in KERNEL_DTYPES and unavailable(device) is None
     )
-
-
-def is_tiny(tensor: Tensor) -> bool:
-    """Whether no kernel runs for this tensor because plain PyTorch is faster; False under torch.compile, which would
-    specialise on the size."""
-    return tensor.is_cpu and not torch.compiler.is_compiling() and tensor.numel() <= SMALLEST_KERNEL["cpu"]
 
 
 @functools.cache
@@ -98,6 +93,20 @@ def _cpu():
     from hf_swiglu.backends import cpu
 
     return cpu
+
+
+def cpu_kernel(name: str) -> Callable[..., bool] | None:
+    """The CPU kernel that takes contiguous tensors as they are, and says whether it took them; None without one."""
+    return None if unavailable("cpu") else _cpu().tensor_kernel(name)
+
+
+def scalars(gating: Gating) -> tuple[int, list[float] | None]:
+    """The operators' last arguments; `_ops` says why the usual limits are left out."""
+    if gating is SILU or gating == SILU:
+        return 1, None
+    if gating == SWIGLU:
+        return 2, None
+    return gating.power, list(gating[1:])
 
 
 def product(gate: Tensor, up: Tensor | None, out: Tensor, scalars: tuple) -> None:

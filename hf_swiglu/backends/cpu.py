@@ -19,6 +19,16 @@ _LARGEST_COLUMN_STRIDE = 16
 
 instruction_set: Callable[[], str] = _cpu_kernels.instruction_set
 
+# Whether C may look at tensors itself, which newer versions of PyTorch offer; Python does it otherwise.
+_READS_TENSORS = hasattr(Tensor, "__dlpack_c_exchange_api__") and _cpu_kernels.use_exchange_table(
+    Tensor, Tensor.__dlpack_c_exchange_api__
+)
+
+
+def tensor_kernel(name: str) -> Callable[..., bool] | None:
+    """The C function `name`, if it can be handed tensors."""
+    return getattr(_cpu_kernels, name) if _READS_TENSORS else None
+
 
 def product(gate: Tensor, up: Tensor | None, out: Tensor, power: int = 1, limits: list[float] | None = None) -> None:
     """Writes the product of `reference.Gating(power, *limits)` into `out`, which may be one of the inputs."""
@@ -44,18 +54,9 @@ def product_backward(
 
 def run(function: str, inputs: tuple, outputs: tuple, power: int = 1, limits: list[float] | None = None) -> None:
     """One of the two operators, on tensors that are known to go together."""
-    # Contiguous tensors, nearly all there are, are one row each; looking no further halves the time this takes.
-    addresses = []
-    for tensor in inputs + outputs:
-        if tensor is None:
-            addresses.append(0)
-        elif tensor.is_contiguous():
-            addresses.append(tensor.data_ptr())
-        else:
-            return _run_rows(function, inputs, outputs, power, limits)
-    first = inputs[0]
-    kernel = getattr(_cpu_kernels, function)
-    kernel(_DTYPES[first.dtype], get_num_threads(), power, limits, 1, first.numel(), None, *addresses)
+    kernel = _cpu_kernels.product if function == "product" else _cpu_kernels.product_backward
+    if not kernel(get_num_threads(), power, limits, *inputs, *outputs):
+        _run_rows(function, inputs, outputs, power, limits)
 
 
 def _run_rows(function: str, inputs: tuple, outputs: tuple, power: int, limits: list[float] | None) -> None:
@@ -69,9 +70,9 @@ def _run_rows(function: str, inputs: tuple, outputs: tuple, power: int, limits: 
     for tensor in inputs + outputs:
         strides += (0, 0) if tensor is None else next(cut)[2:]
         addresses.append(0 if tensor is None else tensor.data_ptr())
-    kernel = getattr(_cpu_kernels, function)
+    kernel = getattr(_cpu_kernels, f"{function}_rows")
     code = _DTYPES[tensors[0].dtype]
-    kernel(code, get_num_threads(), power, limits, rows[0].rows, rows[0].columns, tuple(strides), *addresses)
+    kernel(get_num_threads(), power, limits, code, rows[0].rows, rows[0].columns, tuple(strides), *addresses)
 
 
 def _run_copies(function: str, inputs: tuple, outputs: tuple, power: int, limits: list[float] | None) -> None:

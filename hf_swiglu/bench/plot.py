@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hf_swiglu.bench.rows import read
+from hf_swiglu.bench.rows import machine, read
 
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 _HEADS = {
-    "kernel": "| what | dtype | size | eager | ours | | into existing memory | | of copy bandwidth |",
-    "mlp": "| what | dtype | MLP | eager | ours | | memory, eager | ours |",
-    "model": "| what | dtype | model | eager | ours | | memory, eager | ours |",
+    "kernel": "| what | dtype | size | eager | ours | | into existing memory | | of copy bandwidth | others |",
+    "mlp": "| what | dtype | MLP | eager | ours | | memory, eager | ours | others |",
+    "model": "| what | dtype | model | eager | ours | | memory, eager | ours | others |",
 }
 
 
@@ -21,7 +21,8 @@ def plot(files: Sequence[Path], *, folder: Path, pages: Iterable[Path] = ()) -> 
     """Draw one chart for each type of device, and write the tables into pages.
 
     Args:
-        files: what `hf-swiglu bench --rows` wrote; of each case on each device the last row counts.
+        files: what `hf-swiglu bench --rows` wrote. Of each type of device, the machine counts that was measured last,
+            and of each case on it, the last row.
         folder: where the charts go, as `cpu.png`, `cuda.png`.
         pages: Markdown files; what stands between `<!-- table: LEVEL -->` and `<!-- end of table -->` is replaced.
 
@@ -37,7 +38,7 @@ def plot(files: Sequence[Path], *, folder: Path, pages: Iterable[Path] = ()) -> 
         >>> from hf_swiglu.bench import plot
         >>> plot([Path("benchmarks/results/cpu.jsonl")], folder=Path("benchmarks/results"))  # doctest: +SKIP
     """
-    rows = read(files)
+    rows = _of_the_last_machines(read(files))
     if not rows:
         raise ValueError(f"plot: no rows in {', '.join(map(str, files))}; `hf-swiglu bench --rows FILE` writes some")
     texts = {page: _with_tables(page.read_text(encoding="utf-8"), rows) for page in pages}
@@ -49,6 +50,11 @@ def plot(files: Sequence[Path], *, folder: Path, pages: Iterable[Path] = ()) -> 
     for page, text in texts.items():
         page.write_text(text, encoding="utf-8")
     return charts
+
+
+def _of_the_last_machines(rows: Sequence[dict]) -> list[dict]:
+    last = {row["device_type"]: machine(row) for row in rows}
+    return [row for row in rows if machine(row) == last[row["device_type"]]]
 
 
 def table(rows: Sequence[dict], level: str) -> str:
@@ -74,7 +80,8 @@ def _cells(row: dict) -> list[str]:
     eager, ours = contenders["eager"], contenders["ours"]
     cells = [row["what"], row["dtype"], row["size"], _time(eager["us"]), _time(ours["us"]), f"{ours['speedup']:.2f}x"]
     if row["level"] != "kernel":
-        return [*cells, f"{eager['peak_bytes'] / 1e6:,.1f} MB", f"{ours['peak_bytes'] / 1e6:,.1f} MB"]
+        memory = [f"{contender['peak_bytes'] / 1e6:,.1f} MB" for contender in (eager, ours)]
+        return [*cells, *memory, _others(contenders)]
     into = contenders.get("into")
     best = into or ours
     share = best.get("share_of_copy_bandwidth")
@@ -83,7 +90,14 @@ def _cells(row: dict) -> list[str]:
         _time(into["us"]) if into else "",
         f"{into['speedup']:.2f}x" if into else "",
         f"{share:.0%}" if share else "",
+        _others(contenders),
     ]
+
+
+def _others(contenders: dict) -> str:
+    """How many times faster than eager everybody else is."""
+    names = contenders.keys() - {"eager", "ours", "into", "copy"}
+    return ", ".join(f"{name} {contenders[name]['speedup']:.2f}x" for name in sorted(names))
 
 
 def _time(microseconds: float) -> str:

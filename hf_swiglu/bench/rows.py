@@ -74,7 +74,7 @@ def surroundings(device: torch.device, command: str) -> dict[str, object]:
 
 
 def read(files: Iterable[Path]) -> list[dict]:
-    """The rows of several files, the last of each case on each device.
+    """The rows of several files, the last of each case on each machine.
 
     Raises:
         ValueError: a line that is no row, named by file and number.
@@ -84,7 +84,7 @@ def read(files: Iterable[Path]) -> list[dict]:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 row = json.loads(line)
-                key = tuple(row[name] for name in ("device", "level", "what", "dtype", "size"))
+                key = (*machine(row), *(row[name] for name in ("level", "what", "dtype", "size")))
                 row["contenders"]["eager"]["us"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {number} is no row of hf-swiglu bench: {error!r}") from error
@@ -94,12 +94,20 @@ def read(files: Iterable[Path]) -> list[dict]:
     return list(latest.values())
 
 
+def machine(row: dict) -> tuple[str, str]:
+    """What two rows must share to be compared; virtual machines give processors of several generations one name."""
+    return row["device"], row["kernel"]
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in said:
+        return platform.machine()
+    return f"{said['model name']} (family {said.get('cpu family')}, model {said.get('model')})"
 
 
 def _commit() -> str:

@@ -32,7 +32,7 @@ def run_bench(
         levels: "kernel", "mlp" and "model", or some of them.
         device: a torch device; a GPU if there is one, by default.
         seconds: how long to measure each contender of each case.
-        compiled: measure torch.compile too; it takes long to start.
+        compiled: measure torch.compile too, where it works; it takes long to start.
         file: append the rows to it, one JSON object on a line.
         command: kept in the rows.
         show: receives a line for each case.
@@ -54,9 +54,12 @@ def run_bench(
     chosen = default_device() if device is None else torch.device(device)
     around = surroundings(chosen, command)
     show(doctor.environment(chosen))
+    reason = why_not_compiled(chosen) if compiled else None
+    if reason is not None:
+        show(f"without torch.compile, which fails here: {reason}")
     rows = []
     for level in levels:
-        for measured in LEVELS[level](chosen, seconds, compiled):
+        for measured in LEVELS[level](chosen, seconds, compiled and reason is None):
             row = {**measured.to_json(), **around}
             show(line(row))
             rows.append(row)
@@ -65,6 +68,15 @@ def run_bench(
                 with file.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(row) + "\n")
     return rows
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """The first line of torch.compile's error, for instance where there is no C++ compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:
+        return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return None
 
 
 def line(row: dict) -> str:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from hf_swiglu import backends, patch_model
 from hf_swiglu.coverage.zoo import Specimen
-from hf_swiglu.tolerance import why_worse
+from hf_swiglu.tolerance import FLOOR, RATIO
 
 # Sizes are halved until they are no larger, then rounded down to the multiples of 16 that grouped_mm wants.
 _LARGEST, _MULTIPLE = 64, 16
@@ -60,11 +60,22 @@ def why_different(specimen: Specimen) -> str | None:
 
 
 def _why_worse(fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> str | None:
-    for name, result in fused.items():
-        reason = why_worse(result, eager[name], exact[name])
-        if reason is not None:
-            return f"{name}: {reason}"
-    return None
+    """One error for all that the module computes: each tensor's relative one, squared and summed up.
+
+    The error of a tensor of one number is luck: a parameter that scales the output has a gradient over 1.5 times as far
+    off as eager's with 24 of 100 seeds, and the other way round with 24 (float32, Inkling's MLP).
+    """
+    names = [name for name, tensor in exact.items() if tensor.count_nonzero()]
+
+    def relative(results: dict[str, Tensor]) -> Tensor:
+        return torch.stack([(results[name].double() - exact[name]).norm() / exact[name].norm() for name in names])
+
+    ours, plain = relative(fused), relative(eager)
+    allowed = RATIO * plain.norm().item() + FLOOR
+    if ours.norm().item() <= allowed:
+        return None
+    worst = names[int((ours - plain).argmax())]
+    return f"{worst}: error {ours.norm():.1e} with all other tensors, against float64, {allowed:.1e} allowed"
 
 
 def _small_instance(specimen: Specimen) -> nn.Module:

@@ -49,6 +49,8 @@ typedef struct {
     Operand operand[MAX_OPERANDS];
 } Job;
 
+static inline int element_size(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
 void run_job(const Job *job);
 
 #endif

@@ -121,8 +121,6 @@ INLINE Gradients gradients(int dtype, int variant, vfloat grad, vfloat gate, vfl
     return (Gradients){v_mul(grad_activated, act.slope), v_mul(grad, activated)};
 }
 
-INLINE int size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
-
 INLINE vpair load(int dtype, const char *p)
 {
     if (dtype == FLOAT32)
@@ -151,7 +149,7 @@ INLINE vpair load_up(int dtype, int variant, const char *p, int64_t offset)
 /* All loads come before the first store, which the compiler would not move them over. */
 INLINE void forward_block(int dtype, int variant, char *const *operands, int64_t offset, const Gating *gating)
 {
-    const int step = 2 * LANES * size_of(dtype);
+    const int step = 2 * LANES * element_size(dtype);
     vpair gate[PAIRS], up[PAIRS];
     for (int i = 0; i < PAIRS; i++) {
         gate[i] = load(dtype, operands[0] + offset + i * step);
@@ -167,7 +165,7 @@ INLINE void forward_block(int dtype, int variant, char *const *operands, int64_t
 
 INLINE void backward_block(int dtype, int variant, char *const *operands, int64_t offset, const Gating *gating)
 {
-    const int step = 2 * LANES * size_of(dtype);
+    const int step = 2 * LANES * element_size(dtype);
     vpair grad[PAIRS], gate[PAIRS], up[PAIRS];
     for (int i = 0; i < PAIRS; i++) {
         grad[i] = load(dtype, operands[0] + offset + i * step);
@@ -198,7 +196,7 @@ INLINE void block(int direction, int dtype, int variant, char *const *operands, 
 /* Whole blocks in place; the rest as one block in a buffer, so that nothing outside is read or written. */
 INLINE void run(int direction, int dtype, int variant, char *const *operands, int64_t count, const Gating *gating)
 {
-    const int size = size_of(dtype);
+    const int size = element_size(dtype);
     const int inputs = direction == FORWARD ? 2 : 3, all = direction == FORWARD ? 3 : 5;
     /* Copied, because the compiler must expect a store to change what `operands` points to. */
     char *const at[MAX_OPERANDS] = {operands[0], operands[1], operands[2], all == 5 ? operands[3] : NULL,

@@ -1,13 +1,9 @@
-/* hf_swiglu.backends._cpu_kernels: the kernels as Python calls them, with addresses and strides for tensors.
-   Nothing is checked here that cpu.py has checked. */
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
+/* hf_swiglu.backends._cpu_kernels: the kernels as Python calls them, with tensors, or with addresses and strides for
+   those. Nothing is checked here that cpu.py has checked. */
+#include "tensors.h"
 
 #include <math.h>
 #include <string.h>
-
-#include "kernels.h"
 
 static const InstructionSet *chosen = &instruction_set_baseline;
 
@@ -105,59 +101,104 @@ static int read_strides(PyObject *strides, Job *job)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* Arguments: dtype, threads, power, limits, rows, columns, strides, then one address for each operand. */
-static PyObject *run(int direction, PyObject *const *args, Py_ssize_t count)
+static Job new_job(int direction)
 {
-    enum { DTYPE, THREADS, POWER, LIMITS, ROWS, COLUMNS, STRIDES, ADDRESSES };
-    const int up = direction == FORWARD ? 1 : 2;
-    Job job = {.inputs = up + 1, .operands = direction == FORWARD ? 3 : 5};
+    return (Job){.inputs = direction == FORWARD ? 2 : 3, .operands = direction == FORWARD ? 3 : 5};
+}
+
+/* Runs a job whose operands are known. */
+static int start(Job *job, int direction, long dtype, PyObject *threads, PyObject *power, PyObject *limits)
+{
+    job->threads = (int)PyLong_AsLong(threads);
+    job->gating = (Gating){(int)PyLong_AsLong(power), 1.0f, INFINITY, INFINITY, INFINITY, 0.0f};
+    if (PyErr_Occurred() || (limits != Py_None && read_limits(limits, &job->gating) < 0))
+        return -1;
+    if (dtype < 0 || dtype >= DTYPES || job->gating.power < 1 || job->gating.power > 2) {
+        PyErr_Format(PyExc_ValueError, "dtype must be 0 to 2 and power 1 or 2; got %ld and %d", dtype,
+                     job->gating.power);
+        return -1;
+    }
+    const int has_up = job->operand[job->inputs - 1].data != NULL;
+    if (!has_up) {
+        /* The loops take 1 for it, which nothing may change. */
+        job->gating.up_limit = INFINITY;
+        job->gating.up_offset = 0.0f;
+    }
+    job->element_size = element_size((int)dtype);
+    job->run = chosen->run[direction][dtype][choose_variant(&job->gating, limits != Py_None, has_up)];
+    Py_BEGIN_ALLOW_THREADS
+    run_job(job);
+    Py_END_ALLOW_THREADS
+    return 0;
+}
+
+/* Arguments: threads, power, limits, dtype, rows, columns, strides, then one address for each operand. */
+static PyObject *run_rows(int direction, PyObject *const *args, Py_ssize_t count)
+{
+    enum { THREADS, POWER, LIMITS, DTYPE, ROWS, COLUMNS, STRIDES, ADDRESSES };
+    Job job = new_job(direction);
     if (count != ADDRESSES + job.operands)
         return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", ADDRESSES + job.operands, count);
-
     long dtype = PyLong_AsLong(args[DTYPE]);
-    job.gating = (Gating){(int)PyLong_AsLong(args[POWER]), 1.0f, INFINITY, INFINITY, INFINITY, 0.0f};
-    job.threads = (int)PyLong_AsLong(args[THREADS]);
     job.rows = PyLong_AsLongLong(args[ROWS]);
     job.columns = PyLong_AsLongLong(args[COLUMNS]);
     for (int i = 0; i < job.operands; i++)
         job.operand[i].data = PyLong_AsVoidPtr(args[ADDRESSES + i]);
     if (PyErr_Occurred() || read_strides(args[STRIDES], &job) < 0)
         return NULL;
-    if (args[LIMITS] != Py_None && read_limits(args[LIMITS], &job.gating) < 0)
+    if (start(&job, direction, dtype, args[THREADS], args[POWER], args[LIMITS]) < 0)
         return NULL;
-    if (dtype < 0 || dtype >= DTYPES || job.gating.power < 1 || job.gating.power > 2)
-        return PyErr_Format(PyExc_ValueError, "dtype must be 0 to 2 and power 1 or 2; got %ld and %d", dtype,
-                            job.gating.power);
-
-    const int has_up = job.operand[up].data != NULL;
-    if (!has_up) {
-        /* The loops take 1 for it, which nothing may change. */
-        job.gating.up_limit = INFINITY;
-        job.gating.up_offset = 0.0f;
-    }
-    job.element_size = dtype == FLOAT32 ? 4 : 2;
-    int variant = choose_variant(&job.gating, args[LIMITS] != Py_None, has_up);
-    job.run = chosen->run[direction][dtype][variant];
-    Py_BEGIN_ALLOW_THREADS
-    run_job(&job);
-    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
-static PyObject *product(PyObject *module, PyObject *const *args, Py_ssize_t count)
+/* Arguments: threads, power, limits, then one tensor or None for each operand. */
+static PyObject *run_tensors(int direction, PyObject *const *args, Py_ssize_t count)
 {
-    return run(FORWARD, args, count);
+    enum { THREADS, POWER, LIMITS, TENSORS };
+    Job job = new_job(direction);
+    int dtype;
+    if (count != TENSORS + job.operands)
+        return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", TENSORS + job.operands, count);
+    if (!read_contiguous(args + TENSORS, &job, &dtype))
+        Py_RETURN_FALSE;
+    if (start(&job, direction, dtype, args[THREADS], args[POWER], args[LIMITS]) < 0)
+        return NULL;
+    Py_RETURN_TRUE;
 }
 
-static PyObject *product_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
+/* Arguments: threads, power, limits, gate_up, out. */
+static PyObject *packed_product(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
-    return run(BACKWARD, args, count);
+    enum { THREADS, POWER, LIMITS, GATE_UP, OUT, ARGUMENTS };
+    Job job = new_job(FORWARD);
+    int dtype;
+    if (count != ARGUMENTS)
+        return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", ARGUMENTS, count);
+    if (!read_packed(args[GATE_UP], args[OUT], &job, &dtype))
+        Py_RETURN_FALSE;
+    if (start(&job, FORWARD, dtype, args[THREADS], args[POWER], args[LIMITS]) < 0)
+        return NULL;
+    Py_RETURN_TRUE;
 }
 
+#define DEFINE_METHOD(name, function, direction)                                          \
+    static PyObject *name(PyObject *module, PyObject *const *args, Py_ssize_t count) \
+    {                                                                                     \
+        return function(direction, args, count);                                          \
+    }
+DEFINE_METHOD(product_rows, run_rows, FORWARD)
+DEFINE_METHOD(product_backward_rows, run_rows, BACKWARD)
+DEFINE_METHOD(product, run_tensors, FORWARD)
+DEFINE_METHOD(product_backward, run_tensors, BACKWARD)
+
+#define FAST(function) (PyCFunction)(void (*)(void))function, METH_FASTCALL
 static PyMethodDef methods[] = {
-    {"product", (PyCFunction)(void (*)(void))product, METH_FASTCALL, "gate, up, out"},
-    {"product_backward", (PyCFunction)(void (*)(void))product_backward, METH_FASTCALL,
-     "grad, gate, up, grad_gate, grad_up"},
+    {"product", FAST(product), "gate, up, out; False for what only `product_rows` can do"},
+    {"product_backward", FAST(product_backward), "grad, gate, up, grad_gate, grad_up; False as in `product`"},
+    {"packed_product", FAST(packed_product), "gate_up, out; False as in `product`"},
+    {"product_rows", FAST(product_rows), "gate, up, out, by their addresses and strides"},
+    {"product_backward_rows", FAST(product_backward_rows), "grad, gate, up, grad_gate, grad_up, likewise"},
+    {"use_exchange_table", FAST(use_exchange_table), "How `product` and `product_backward` may read tensors."},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
     {"supported_instruction_sets", supported_instruction_sets, METH_NOARGS, "All that this processor runs."},
     {"use_instruction_set", use_instruction_set, METH_O, "Use another one; for tests."},
