@@ -15,9 +15,10 @@ from hf_swiglu.bench.mlps import shared_copy
 from hf_swiglu.bench.rows import Case, Row
 from hf_swiglu.bench.timing import take_turns
 from hf_swiglu.demo import generate, sample_tokens
-from hf_swiglu.measuring import peak_bytes
+from hf_swiglu.measuring import peak_bytes, seconds_of
 
 PROMPT, DECODED, BATCH, LENGTH = 32, 8, 2, 256
+SMALL = 1, 64
 
 
 def measure(device: torch.device, seconds: float, compiled: bool) -> Iterator[Row]:
@@ -33,7 +34,7 @@ def measure(device: torch.device, seconds: float, compiled: bool) -> Iterator[Ro
             _check(contenders, tokens[:, :LENGTH])
         if compiled and device.type != "cpu":
             contenders["compile"] = torch.compile(shared_copy(eager))
-        for what, phase in _phases(eager).items():
+        for what, phase in _phases(eager, tokens).items():
             functions = {label: phase(contender, tokens) for label, contender in contenders.items()}
             for function in functions.values():
                 # Gradients and the optimizer's states come into being in the first call, and stay.
@@ -64,9 +65,13 @@ def _training(model: PreTrainedModel, tokens: Tensor, batch: int, length: int) -
     return step
 
 
-def _phases(model: PreTrainedModel) -> dict[str, Callable[[PreTrainedModel, Tensor], Callable[[], object]]]:
-    # Processors without bfloat16 products take 100 s to train on as many tokens as in float32.
-    batch, length = (1, 64) if model.dtype == torch.bfloat16 and model.device.type == "cpu" else (BATCH, LENGTH)
+def _phases(
+    model: PreTrainedModel, tokens: Tensor
+) -> dict[str, Callable[[PreTrainedModel, Tensor], Callable[[], object]]]:
+    batch, length = BATCH, LENGTH
+    # Processors without bfloat16 products take 15 s for the small step, and 100 s for the usual one.
+    if model.device.type == "cpu" and seconds_of(_training(model, tokens, *SMALL), model.device) > 4:
+        batch, length = SMALL
     return {
         f"prefill, 1 x {BATCH * LENGTH} tokens": _prefill,
         f"decode, {DECODED} tokens after {PROMPT}": _decode,
