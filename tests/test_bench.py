@@ -48,7 +48,7 @@ def test_a_wrong_result_is_refused_not_timed(small, monkeypatch):
 
 def test_of_others_only_the_wrong_ones_are_left_out(small):
     eager = mlps.LlamaMLP(mlps.LlamaConfig(hidden_size=64, intermediate_size=256))
-    modules = mlps.contenders(eager, compiled=False) | {
+    modules = mlps.contenders(eager, compile=False) | {
         "same": mlps.shared_copy(eager),
         "wrong": mlps.shared_copy(eager),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_swiglu import backends, swiglu
 from hf_swiglu.bench.rows import Case, Row
-from hf_swiglu.bench.timing import take_turns
+from hf_swiglu.bench.timing import compiled, take_turns
 from hf_swiglu.functional import gated_product, packed_product
 from hf_swiglu.reference import SWIGLU
 from hf_swiglu.tolerance import why_worse
@@ -28,7 +28,7 @@ class WrongResult(Exception):
     """A contender computed something else; there is no point in timing it."""
 
 
-def measure(device: torch.device, seconds: float, compiled: bool) -> Iterator[Row]:
+def measure(device: torch.device, seconds: float, compile: bool) -> Iterator[Row]:
     """Every direction in every dtype and size."""
     for rows, width in CPU_SIZES if device.type == "cpu" else DEVICE_SIZES:
         for dtype in DTYPES:
@@ -36,8 +36,8 @@ def measure(device: torch.device, seconds: float, compiled: bool) -> Iterator[Ro
                 torch.manual_seed(0)
                 operands = [torch.randn(rows, 2 * width, device=device).to(DTYPES[dtype]) for _ in range(3)]
                 exact, copies, contenders = build(*operands)
-                if compiled:
-                    contenders["compile"] = torch.compile(contenders["eager"], dynamic=False)
+                if compile:
+                    contenders["compile"] = compiled(contenders["eager"])
                 _check(contenders, exact)
                 source, target = (torch.empty_like(operands[0][:, :width].contiguous()) for _ in range(2))
                 others: dict[str, Callable[[], object]] = {"copy": functools.partial(target.copy_, source)}

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hf_swiglu import patch_model
 from hf_swiglu.bench.kernels import DTYPES, WrongResult
 from hf_swiglu.bench.rows import Case, Row
-from hf_swiglu.bench.timing import take_turns
+from hf_swiglu.bench.timing import compiled, take_turns
 from hf_swiglu.measuring import peak_bytes, seconds_of
 from hf_swiglu.tolerance import why_worse
 
@@ -30,14 +30,14 @@ Step = Callable[[nn.Module, Tensor], Callable[[], object]]
 _CHECKED_TOKENS = 64
 
 
-def measure(device: torch.device, seconds: float, compiled: bool) -> Iterator[Row]:
+def measure(device: torch.device, seconds: float, compile: bool) -> Iterator[Row]:
     """Both MLPs in float32 and bfloat16."""
     for name, (hidden, intermediate) in SIZES.items():
         for dtype in ("float32", "bfloat16"):
             torch.manual_seed(0)
             with torch.device(device):
                 eager = LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=intermediate)).to(DTYPES[dtype])
-            modules = contenders(eager, compiled)
+            modules = contenders(eager, compile)
             _check(modules, _input(eager, _CHECKED_TOKENS))
             for tokens in CPU_TOKENS if device.type == "cpu" else DEVICE_TOKENS:
                 x = _input(eager, tokens)
@@ -50,13 +50,13 @@ def measure(device: torch.device, seconds: float, compiled: bool) -> Iterator[Ro
                     yield Row(Case("mlp", what, dtype, f"{name}, {tokens} tokens"), times, peak_bytes=peaks)
 
 
-def contenders(eager: nn.Module, compiled: bool) -> dict[str, nn.Module]:
+def contenders(eager: nn.Module, compile: bool) -> dict[str, nn.Module]:
     """The module itself, and others with the same parameters."""
     ours = shared_copy(eager)
     patch_model(ours)
     modules = {"eager": eager, "ours": ours}
-    if compiled:
-        modules["compile"] = torch.compile(shared_copy(eager), dynamic=False)  # type: ignore[assignment]
+    if compile:
+        modules["compile"] = compiled(shared_copy(eager))  # type: ignore[assignment]
     if next(eager.parameters()).is_cuda:
         modules |= rivals(eager)
     return modules

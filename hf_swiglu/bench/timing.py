@@ -52,6 +52,12 @@ def take_turns(contenders: Contenders, seconds: float, device: torch.device) -> 
     return {name: Times(tuple(turns)) for name, turns in times.items()}
 
 
+def compiled(function: Callable) -> Callable:
+    """By torch.compile, which forgets what it compiled before: after eight versions of one function it runs eager."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
 def speedup(eager: Times, other: Times) -> float:
     """How many times faster than eager: the median over the rounds, whose turns stood next to each other."""
     return statistics.median(before / after for before, after in zip(eager.turns, other.turns))

@@ -13,7 +13,7 @@ from hf_swiglu import models, patch_model
 from hf_swiglu.bench.kernels import DTYPES, WrongResult
 from hf_swiglu.bench.mlps import shared_copy
 from hf_swiglu.bench.rows import Case, Row
-from hf_swiglu.bench.timing import take_turns
+from hf_swiglu.bench.timing import compiled, take_turns
 from hf_swiglu.demo import generate, sample_tokens
 from hf_swiglu.measuring import peak_bytes, seconds_of
 
@@ -21,7 +21,7 @@ PROMPT, DECODED, BATCH, LENGTH = 32, 8, 2, 256
 SMALL = 1, 64
 
 
-def measure(device: torch.device, seconds: float, compiled: bool) -> Iterator[Row]:
+def measure(device: torch.device, seconds: float, compile: bool) -> Iterator[Row]:
     """Three phases in float32 and bfloat16. Weights, gradients and AdamW's states are not part of the memory."""
     model, tokenizer = models.load(models.resolve(models.PACKAGED), device)
     tokens = sample_tokens(tokenizer, device)
@@ -32,10 +32,13 @@ def measure(device: torch.device, seconds: float, compiled: bool) -> Iterator[Ro
         contenders = {"eager": eager, "ours": ours}
         if dtype == "float32":
             _check(contenders, tokens[:, :LENGTH])
-        if compiled and device.type != "cpu":
-            contenders["compile"] = torch.compile(shared_copy(eager))
+        if compile:
+            contenders["compile"] = compiled(shared_copy(eager))  # type: ignore[assignment]
         for what, phase in _phases(eager, tokens).items():
             functions = {label: phase(contender, tokens) for label, contender in contenders.items()}
+            if what.startswith("decode"):
+                # It would be compiled anew for each length of the cache.
+                functions.pop("compile", None)
             for function in functions.values():
                 # Gradients and the optimizer's states come into being in the first call, and stay.
                 function()
