@@ -23,7 +23,9 @@ from hf_swiglu import models
 from hf_swiglu._version import __version__
 from hf_swiglu.demo import run_demo
 from hf_swiglu.inspection import inspect_model, nothing_to_fuse
-from hf_swiglu.loading import run as run_patched
+from hf_swiglu.loading import patch_on_load
+from hf_swiglu.loading import run as run_script
+from hf_swiglu.swapping import ACTIVATIONS
 
 app = typer.Typer(
     help="SwiGLU for Hugging Face transformers: fused gates for LLaMA-style MLPs.",
@@ -44,9 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
         0
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Their warnings are about what is loaded and how, and would stand between the lines of the output.
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
     try:
         code = app(arguments or ["--help"], prog_name="hf-swiglu", standalone_mode=False) or 0
         # Newer typers answer Ctrl-C with the shells' 130 and no word; older ones raise Abort.
@@ -75,11 +74,16 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """SwiGLU for Hugging Face transformers: fused gates for LLaMA-style MLPs."""
+    if context.invoked_subcommand != "run":
+        # Their warnings are about what is loaded and how, and would stand between the lines of the output.
+        transformers_logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
 
 
 @app.command()
@@ -138,16 +142,23 @@ def run(
     """
     if not module and not Path(target).is_file():
         raise models.ModelError(f"there is no script {target!r}; to run a module, say -m {target}")
+    if activation not in (None, *ACTIVATIONS):
+        raise typer.BadParameter(f"--activation is {' or '.join(ACTIVATIONS)}; got {activation!r}")
+    ended: SystemExit | None = None
     try:
-        reports = run_patched(
-            target, arguments or (), module=module, activation=activation, only=only, recompute=recompute, strict=False
-        )
+        with patch_on_load(activation=activation, only=only, recompute=recompute, strict=False) as reports:
+            try:
+                run_script(target, arguments or (), module=module)
+            except SystemExit as error:
+                ended = error
     except Exception:
         # The script's own failure, shown as Python shows it.
         traceback.print_exc()
         return 1
-    fused = sum(len(report.fused) for report in reports)
+    fused = sum(len(report.fused) + len(report.already_fused) for report in reports)
     print(f"hf-swiglu: {fused} MLPs fused in {len(reports)} models", file=sys.stderr)
+    if ended is not None:
+        raise ended
     return 0
 
 
@@ -176,6 +187,9 @@ def bench(
     """Time and memory of the kernels, of an MLP and of SmolLM2, against eager PyTorch. Takes minutes."""
     from hf_swiglu.bench import LEVELS, run_bench
 
+    unknown = set(level or ()) - LEVELS.keys()
+    if unknown:
+        raise typer.BadParameter(f"--level is {', '.join(LEVELS)}; got {', '.join(sorted(unknown))}")
     command = " ".join(["hf-swiglu", *sys.argv[1:]])
     run_bench(
         level or tuple(LEVELS), device=device, seconds=seconds, compiled=compile, file=rows, command=command, show=_show

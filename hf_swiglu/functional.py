@@ -121,8 +121,10 @@ def product_into_gate(gate: Tensor, up: Tensor, gating: Gating = SILU) -> Tensor
     result = direct.product(gate, up, gating, out=gate)
     if result is not None:
         return result
-    if not _kernel_serves(gate, up, differentiated=False):
+    if not _go_together(gate, up):
         return reference.product(gate, up, gating)
+    if not backends.serves(gate, gate.numel(), differentiated=False):
+        return reference.product_into_gate(gate, up, gating)
     backends.product(gate, up, gate, backends.scalars(gating))
     return gate
 
@@ -132,11 +134,13 @@ def _kernel_serves(gate: Tensor, up: Tensor | None, differentiated: bool, elemen
     # Inductor fuses the plain formula with its neighbours and decides what to keep; an operator would be a wall.
     if torch.compiler.is_compiling():
         return False
-    if not backends.serves(gate, gate.numel() if elements is None else elements, differentiated):
-        return False
-    if not _is_ordinary(gate):
-        return False
-    if autograd.is_transformed() or torch._C._is_tracing():
+    elements = gate.numel() if elements is None else elements
+    return backends.serves(gate, elements, differentiated) and _go_together(gate, up)
+
+
+def _go_together(gate: Tensor, up: Tensor | None) -> bool:
+    """Whether these are ordinary tensors, alike, in an ordinary context, so that one may be written over the other."""
+    if torch.compiler.is_compiling() or not _is_ordinary(gate) or autograd.is_transformed() or torch._C._is_tracing():
         return False
     return up is None or (
         _is_ordinary(up) and up.dtype == gate.dtype and up.shape == gate.shape and up.device == gate.device

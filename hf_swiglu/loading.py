@@ -58,7 +58,7 @@ class _Session:
         if self.options["verify"]:
             for model in [model for ref in self.models if (model := ref()) is not None]:
                 verification.compare_fused(model, patching.set_class)
-        if self.options["strict"] and not any(report.fused for report in self.reports):
+        if self.options["strict"] and not any(report.fused or report.already_fused for report in self.reports):
             seen = "\n".join(map(str, self.reports)) or "no transformers model was built"
             raise ValueError(f"patch_on_load: nothing was fused: {seen}\nPass strict=False to accept that")
 
@@ -86,7 +86,7 @@ def patch_on_load(**options) -> Iterator[list[PatchReport]]:
 
     Raises:
         TypeError: an unknown option.
-        ValueError: nothing was fused by the end (with `strict`), or a swap that a config cannot express.
+        ValueError: nothing is fused by the end (with `strict`), or a swap that a config cannot express.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -113,11 +113,8 @@ def patch_on_load(**options) -> Iterator[list[PatchReport]]:
         _uninstall()
 
 
-def run(target: str, arguments: Sequence[str] = (), *, module: bool = False, **options) -> list[PatchReport]:
-    """Run a script, or a module with `module=True`, as `python` would, with `patch_on_load(**options)` around it.
-
-    Returns:
-        The reports of the models that it built.
+def run(target: str, arguments: Sequence[str] = (), *, module: bool = False) -> None:
+    """Run a script, or a module with `module=True`, as `python` would.
 
     Raises:
         FileNotFoundError: there is no such script. Whatever the script raises comes through.
@@ -128,14 +125,12 @@ def run(target: str, arguments: Sequence[str] = (), *, module: bool = False, **o
     sys.argv = [target, *arguments]
     sys.path.insert(0, "" if module else str(Path(target).resolve().parent))
     try:
-        with patch_on_load(**options) as reports:
-            if module:
-                runpy.run_module(target, run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(target, run_name="__main__")
+        if module:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(target, run_name="__main__")
     finally:
         sys.argv, sys.path[:] = saved_argv, saved_path
-    return reports
 
 
 def _install() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -18,19 +17,12 @@ from hf_swiglu.recognition import NotFusable, Product
 from hf_swiglu.survey import Found
 
 # By the power of the gate in the product: `reference.Gating`.
-_WANTED = {"silu": 1, "swiglu": 2}
+ACTIVATIONS = {"silu": 1, "swiglu": 2}
 
-# Where a swapped module keeps what it had: in `__dict__`, past nn.Module's own bookkeeping; deepcopy takes it along.
+# Where a swapped module keeps what it had: in `__dict__`, past nn.Module's own bookkeeping; copies take it along. The
+# name of the child, the activation that stood there, and the config's entries that named it: a plain tuple, so that a
+# pickle loads without this package.
 _RECORD = "_hf_swiglu_swap"
-
-
-@dataclass
-class Swap:
-    """What `restore` needs: the activation that stood at `child`, and the config entries that named it."""
-
-    child: str
-    original: nn.Module
-    config_edits: list[tuple[object, str, str]] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -41,12 +33,12 @@ def swapped(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], acti
         ValueError: an unknown activation, an MLP whose activation cannot be swapped, or a swap after which a reload
             from the config would not compute what the model computes.
     """
-    if activation not in _WANTED:
+    if activation not in ACTIVATIONS:
         raise ValueError(f'patch_model: activation must be "swiglu" or "silu"; got {activation!r}')
     done: list[nn.Module] = []
     try:
         for name, module, found in surveyed:
-            if isinstance(found, NotFusable) or (found.gating and found.gating.power == _WANTED[activation]):
+            if isinstance(found, NotFusable) or (found.gating and found.gating.power == ACTIVATIONS[activation]):
                 continue
             _swap(model, name, module, _swappable_child(name, module, found), activation)
             done.append(module)
@@ -72,29 +64,29 @@ def _swappable_child(name: str, module: nn.Module, found: Product) -> str:
     return found.child
 
 
-def restore(model: nn.Module) -> int:
-    """Undo every swap below `model`; returns how many activations were restored."""
+def restore(model: nn.Module) -> list[nn.Module]:
+    """Undo every swap below `model`; returns the modules whose activation was restored."""
     swaps = [module for module in model.modules() if _RECORD in vars(module)]
     for module in swaps:
         _restore_one(module)
-    return len(swaps)
+    return swaps
 
 
 def _swap(model: nn.Module, name: str, module: nn.Module, child: str, activation: str) -> None:
     original = module.get_submodule(child)
     # A second swap keeps the first one's record: undo goes back to the beginning.
-    record = vars(module).setdefault(_RECORD, Swap(child, original))
+    _, _, config_edits = vars(module).setdefault(_RECORD, (child, original, []))
     module.set_submodule(child, ACT2FN[activation].train(original.training))
     config = _governing_config(model, name)
     for key, value in _activation_entries(config, type(original)):
         setattr(config, key, activation)
-        record.config_edits.append((config, key, value))
+        config_edits.append((config, key, value))
 
 
 def _restore_one(module: nn.Module) -> None:
-    record: Swap = vars(module).pop(_RECORD)
-    module.set_submodule(record.child, record.original)
-    for config, key, value in reversed(record.config_edits):
+    child, original, config_edits = vars(module).pop(_RECORD)
+    module.set_submodule(child, original)
+    for config, key, value in reversed(config_edits):
         setattr(config, key, value)
 
 

@@ -110,10 +110,14 @@ def test_tables_are_of_the_machine_measured_last(written, tmp_path):
     assert page.read_text().count("| forward |") == sum(row["what"] == "forward" for row in measured)
 
 
+def test_an_unknown_level_is_refused():
+    with pytest.raises(ValueError, match="no level galaxy; the levels are kernel, mlp, model"):
+        bench.run_bench(["galaxy"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["bench", "--level", "galaxy"], "no level galaxy; the levels are kernel, mlp, model"),
         (["plot", "{folder}/absent.jsonl"], "absent.jsonl"),
         (["plot", "{folder}/empty.jsonl"], "no rows"),
         (["plot", "{folder}/prose.jsonl"], "line 1 is no row"),

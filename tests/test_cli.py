@@ -149,6 +149,8 @@ def test_packaged_model_that_is_not_installed(capsys, monkeypatch):
         (["inspect", "x", "--colour"], "No such option: --colour"),
         (["dance"], "No such command 'dance'"),
         (["demo", "--seconds", "soon"], "Invalid value for '--seconds'"),
+        (["bench", "--level", "whole"], "--level is kernel, mlp, model; got whole"),
+        (["run", "--activation", "gelu", __file__], "--activation is silu or swiglu; got 'gelu'"),
     ],
 )
 def test_bad_usage_exits_with_2(capsys, arguments, says):

@@ -1,5 +1,6 @@
 """Patching while models are built, and running scripts so."""
 
+import subprocess
 import sys
 import threading
 
@@ -156,6 +157,8 @@ def test_fusion_config(checkpoint):
         model = AutoModelForCausalLM.from_pretrained(checkpoint, fusion_config={"swiglu": True})
         assert fused(model) == 2
         # The mapping is by class name and lasts; a GELU-gated configuration of the class must stay what it is.
+        with patch_on_load():
+            assert fused(AutoModelForCausalLM.from_pretrained(checkpoint)) == 2
         gelu = AutoModelForCausalLM.from_pretrained(checkpoint, hidden_act="gelu", fusion_config={"swiglu": True})
         assert fused(gelu) == 0
     finally:
@@ -177,14 +180,27 @@ def test_run_executes_a_script_as_python_would(tmp_path, capsys, monkeypatch):
     script = tmp_path / "train_somebody.py"
     script.write_text(SCRIPT.format(sizes=SIZES))
     before = list(sys.argv), list(sys.path)
-    reports = run(str(script), ["--epochs", "3"])
-    assert capsys.readouterr().out == "__main__ ['--epochs', '3'] FusedModule\n"
-    monkeypatch.chdir(tmp_path)
-    run("train_somebody", ["x"], module=True)
-    assert capsys.readouterr().out == "__main__ ['x'] FusedModule\n"
-    assert len(reports[0].fused) == 2 and (sys.argv, sys.path) == before
+    with patch_on_load() as reports:
+        run(str(script), ["--epochs", "3"])
+        monkeypatch.chdir(tmp_path)
+        run("train_somebody", ["x"], module=True)
+    assert capsys.readouterr().out == "__main__ ['--epochs', '3'] FusedModule\n__main__ ['x'] FusedModule\n"
+    assert [len(report.fused) for report in reports] == [2, 2] and (sys.argv, sys.path) == before
     with pytest.raises(FileNotFoundError, match=r"there is no script 'nowhere.py'"):
         run("nowhere.py")
+
+
+@pytest.mark.parametrize(("ending", "code"), [("", 0), ("sys.exit(0)", 0), ("sys.exit(3)", 3)])
+def test_the_run_command_says_what_was_fused_however_the_script_ends(tmp_path, ending, code):
+    script = tmp_path / "train.py"
+    warning = 'transformers.utils.logging.get_logger("transformers").warning("the script\'s own warning")'
+    script.write_text(f"{SCRIPT.format(sizes=SIZES)}import transformers\n{warning}\n{ending}\n")
+    command = [sys.executable, "-m", "hf_swiglu", "run", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert "FusedModule" in done.stdout and "hf-swiglu: 2 MLPs fused in 1 models" in done.stderr
+    # Our other commands silence transformers; a script is not to miss what it would be told without us.
+    assert "the script's own warning" in done.stderr
 
 
 def test_composite_models_are_reported_once():

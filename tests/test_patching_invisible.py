@@ -43,6 +43,20 @@ def test_gates_memory_is_reused_without_gradients_and_kept_with_them(mlp):
         assert _reuses_gate(mlp)
 
 
+@pytest.mark.parametrize(("activation", "saved"), [("silu", 1), ("swiglu", 0)])
+def test_gates_memory_is_reused_by_plain_pytorch_too(activation, saved):
+    # float64 has no kernel. Eager's own numbers, and of its three buffers one less for SiLU.
+    model, x = GatedMLP(), hidden_states(torch.float64)
+    model.act = ACT2FN[activation]
+    model.double()
+    with torch.no_grad():
+        expected, eager_peak = model(x), measuring.peak_bytes(lambda: model(x), x.device)
+        patch_model(model)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+        peak = measuring.peak_bytes(lambda: model(x), x.device)
+    assert peak == eager_peak - saved * expected.shape[:-1].numel() * WIDE * x.element_size()
+
+
 class KeptLinear(nn.Linear):
     def forward(self, x):
         self.kept = super().forward(x)

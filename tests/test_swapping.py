@@ -1,6 +1,7 @@
 """Swapping the gate's activation: in the model and in its config, so that a reload computes the same."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -79,6 +80,18 @@ def test_from_pretrained_with_hidden_act_computes_the_same(tmp_path):
     loaded = LlamaForCausalLM.from_pretrained(tmp_path, hidden_act="swiglu")
     assert len(patch_model(loaded).fused) == 2
     torch.testing.assert_close(_logits(loaded), _logits(model), rtol=0, atol=0)
+
+
+def test_a_pickle_of_a_swapped_model_needs_nothing_of_ours_and_can_be_undone():
+    model = tiny_llama(hidden_act="gelu")
+    before = _state(model)
+    patch_model(model, activation="silu")
+    data = pickle.dumps(model)
+    assert b"hf_swiglu." not in data
+    loaded = pickle.loads(data)
+    torch.testing.assert_close(_logits(loaded), _logits(model))
+    assert unpatch_model(loaded) == 2
+    assert _state(loaded) == before
 
 
 def test_swapping_twice_is_a_no_op():
