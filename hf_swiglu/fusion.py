@@ -224,8 +224,12 @@ def is_watched(module: nn.Module) -> bool:
     state = vars(module)
     if "forward" in state or nn_module._has_any_global_hook():
         return True
-    hooks = [state[name] for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")]
-    return any(hooks) and (bool(module._parameters) or not all(map(_only_gather, hooks)))
+    # Their truth, one by one: this runs for every token.
+    forward, before = state["_forward_hooks"], state["_forward_pre_hooks"]
+    backward, before_backward = state["_backward_hooks"], state["_backward_pre_hooks"]
+    if not (forward or before or backward or before_backward):
+        return False
+    return bool(module._parameters) or not all(map(_only_gather, (forward, before, backward, before_backward)))
 
 
 def _only_gather(hooks: Mapping[int, Callable]) -> bool:

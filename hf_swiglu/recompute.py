@@ -24,7 +24,7 @@ def child_of(module: nn.Module, name: str) -> nn.Module:
 def project(module: nn.Module, name: str, product: Tensor) -> Tensor:
     """`module.name(product)`, where the graph keeps no `product` if it can compute it again."""
     down = child_of(module, name)
-    if torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return down(product)
     node = product.grad_fn
     if node is None or not autograd.can_recompute(node) or product.numel() == 0:
