@@ -31,7 +31,7 @@ def patch_model(
 
     in place, with the same parameters, outputs and state_dict, whatever the module and its children are called.
     Without gradients the product overwrites gate. With them, gate and up are all that is kept for backward, where a
-    kernel runs: see `available_backends`; few tokens, up to 12,288 elements on a CPU, go without.
+    kernel runs: see `available_backends`; gates of up to 12,288 elements on a CPU go without.
 
     Args:
         model: any `torch.nn.Module`; wrapped by PEFT, accelerate or DDP is fine.
