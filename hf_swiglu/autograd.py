@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hf_swiglu import backends, reference
+from hf_swiglu import _compat, backends, reference
 from hf_swiglu.reference import LAYOUTS, Gating
 
 
@@ -23,18 +25,12 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, gating):
         ctx.save_for_backward(gate, up)
-        ctx.gating, ctx.layout, ctx.unpacked = gating, None, None
+        ctx.gating, ctx.layout, ctx.unpacked, ctx.saved_like = gating, None, None, (gate.dtype, gate.shape)
         return new_product(gate, up, gating)
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up = _unpack_last(ctx)
-        if _needs_plain_gradients(grad):
-            return *_plain_gradients(ctx, (gate, up), grad), None
-        grad_gate = torch.empty_like(gate)
-        grad_up = None if up is None else torch.empty_like(up)
-        backends.product_backward(grad, gate, up, grad_gate, grad_up, backends.scalars(ctx.gating))
-        return grad_gate, grad_up, None
+        return *_gradients(ctx, grad), None
 
 
 class PackedProduct(torch.autograd.Function):
@@ -43,24 +39,37 @@ class PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up, gating, layout):
         ctx.save_for_backward(gate_up)
-        ctx.gating, ctx.layout, ctx.unpacked = gating, layout, None
+        ctx.gating, ctx.layout, ctx.unpacked, ctx.saved_like = gating, layout, None, (gate_up.dtype, gate_up.shape)
         gate, up = LAYOUTS[layout](gate_up)
         return new_product(gate, up, gating)
 
     @staticmethod
     def backward(ctx, grad):
-        (gate_up,) = _unpack_last(ctx)
-        if _needs_plain_gradients(grad):
-            return *_plain_gradients(ctx, (gate_up,), grad), None, None
-        parts = LAYOUTS[ctx.layout]
-        grad_gate_up = torch.empty_like(gate_up)
-        backends.product_backward(grad, *parts(gate_up), *parts(grad_gate_up), backends.scalars(ctx.gating))
-        return grad_gate_up, None, None
+        return *_gradients(ctx, grad), None, None
 
 
 def is_transformed() -> bool:
     """Whether vmap, grad or jvp wrap tensors here, or attach tangents, that a kernel would drop."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
+    saved = _unpack_last(ctx)
+    if _needs_plain_gradients(grad):
+        return _plain_gradients(ctx, saved, grad)
+    gate, up = _gate_and_up(ctx, *saved)
+    if ctx.layout is not None:
+        grad_gate_up = torch.empty_like(saved[0])
+        backends.product_backward(grad, gate, up, *_gate_and_up(ctx, grad_gate_up), backends.scalars(ctx.gating))  # type: ignore[call-arg]
+        return [grad_gate_up]
+    grad_gate = torch.empty_like(gate)
+    grad_up = None if up is None else torch.empty_like(up)
+    backends.product_backward(grad, gate, up, grad_gate, grad_up, backends.scalars(ctx.gating))
+    return [grad_gate, grad_up]
+
+
+# Compiled autograd traces what backward runs, and stops here. `torch.compiler.disable` would import the compiler.
+_gradients._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _needs_plain_gradients(grad: Tensor) -> bool:
@@ -92,9 +101,29 @@ def can_recompute(node: object) -> bool:
     return isinstance(node, (Product._backward_cls, PackedProduct._backward_cls))
 
 
-def recompute(node) -> Tensor:
-    """The product that `node` stands for, from the tensors that it saved."""
-    return new_product(*_gate_and_up(node, *_unpack(node)), node.gating)
+def recomputation(node, *, holds_tensors: bool) -> Callable[[], Tensor]:
+    """A function that computes the product of `node` again.
+
+    Where saved-tensor hooks are active it asks the node, so that gate and up stay with whatever packed them: gradient
+    checkpointing drops them after forward, `save_on_cpu` moves them away. Elsewhere it `holds_tensors`: compiled
+    autograd frees the nodes before it runs backward.
+    """
+    if not holds_tensors:
+        return lambda: new_product(*_gate_and_up(node, *_unpack(node)), node.gating)
+    saved, gating = node.saved_tensors, node.gating
+    gate, up = _gate_and_up(node, *saved)
+    versions = [tensor._version for tensor in saved if tensor is not None]
+
+    def compute() -> Tensor:
+        if [tensor._version for tensor in saved if tensor is not None] != versions:
+            raise RuntimeError(
+                "hf_swiglu: gate or up, which backward needs, has been modified by an inplace operation after the "
+                "product was computed. Clone it first, or patch with recompute=False and find it by PyTorch's own error"
+            )
+        return new_product(gate, up, gating)
+
+    compute._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return compute
 
 
 def _gate_and_up(node, first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -107,15 +136,29 @@ def _gate_and_up(node, first: Tensor, second: Tensor | None = None) -> tuple[Ten
 def _unpack(node) -> tuple[Tensor, ...]:
     """The node's saved tensors, unpacked once in each backward pass: non-reentrant checkpointing allows no second
     time, and the recomputation and the node's own backward both need them."""
-    task = torch._C._current_graph_task_id()
+    task = _compat.graph_task()
     if node.unpacked is None or node.unpacked[0] != task:
-        node.unpacked = (task, node.saved_tensors)
+        node.unpacked = (task, _as_saved(node))
     return node.unpacked[1]
 
 
 def _unpack_last(node) -> tuple[Tensor, ...]:
     if node.unpacked is None:
-        return node.saved_tensors
+        return _as_saved(node)
     tensors = _unpack(node)
     node.unpacked = None
     return tensors
+
+
+def _as_saved(node) -> tuple:
+    """The saved tensors, in the dtype in which they were saved: a hook may have kept them in a narrower one."""
+    dtype, shape = node.saved_like
+    result = []
+    for tensor in node.saved_tensors:
+        if tensor is not None and tensor.shape != shape:
+            raise RuntimeError(
+                f"hf_swiglu: a saved-tensor hook returned a tensor of shape {tuple(tensor.shape)} for one of "
+                f"{tuple(shape)}, which the product's backward needs"
+            )
+        result.append(tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype))
+    return tuple(result)

@@ -23,9 +23,9 @@ from hf_swiglu import models
 from hf_swiglu._version import __version__
 from hf_swiglu.demo import run_demo
 from hf_swiglu.inspection import inspect_model, nothing_to_fuse
-from hf_swiglu.loading import patch_on_load
-from hf_swiglu.loading import run as run_script
-from hf_swiglu.swapping import ACTIVATIONS
+from hf_swiglu.patching.swap import ACTIVATIONS
+from hf_swiglu.running import patched_processes
+from hf_swiglu.running import run as run_script
 
 app = typer.Typer(
     help="SwiGLU for Hugging Face transformers: fused gates for LLaMA-style MLPs.",
@@ -136,29 +136,22 @@ def run(
     only: Annotated[list[str] | None, typer.Option(help="A class or qualified name pattern; may be repeated.")] = None,
     recompute: Annotated[bool, typer.Option(help="Keep two buffers for backward instead of three.")] = True,
 ) -> int:
-    """Run a Python script with every transformers model fused as it is built.
+    """Run a Python script with every transformers model fused as it is built, in threads and in child processes too.
 
+    Child processes are reached where multiprocessing runs a function in them, as torch.multiprocessing.spawn does.
     Under a launcher: accelerate launch -m hf_swiglu run SCRIPT, or torchrun -m hf_swiglu run SCRIPT.
     """
     if not module and not Path(target).is_file():
         raise models.ModelError(f"there is no script {target!r}; to run a module, say -m {target}")
     if activation not in (None, *ACTIVATIONS):
         raise typer.BadParameter(f"--activation is {' or '.join(ACTIVATIONS)}; got {activation!r}")
-    ended: SystemExit | None = None
     try:
-        with patch_on_load(activation=activation, only=only, recompute=recompute, strict=False) as reports:
-            try:
-                run_script(target, arguments or (), module=module)
-            except SystemExit as error:
-                ended = error
+        with patched_processes({"activation": activation, "only": only, "recompute": recompute}):
+            run_script(target, arguments or (), module=module)
     except Exception:
         # The script's own failure, shown as Python shows it.
         traceback.print_exc()
         return 1
-    fused = sum(len(report.fused) + len(report.already_fused) for report in reports)
-    print(f"hf-swiglu: {fused} MLPs fused in {len(reports)} models", file=sys.stderr)
-    if ended is not None:
-        raise ended
     return 0
 
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_swiglu import doctor, models
 from hf_swiglu.inspection import nothing_to_fuse
 from hf_swiglu.measuring import default_device, peak_bytes, seconds_of
-from hf_swiglu.patching import patch_model, unpatch_model
-from hf_swiglu.report import PatchReport
+from hf_swiglu.patching.patch import patch_model, unpatch_model
+from hf_swiglu.patching.report import PatchReport
 
 WINDOW = 256
 PROMPT_TOKENS, CONTINUATION_TOKENS = 64, 40

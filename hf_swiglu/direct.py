@@ -44,6 +44,8 @@ def product(gate: Tensor, up: Tensor | None, gating: Gating, out: Tensor | None 
 def _differentiated(gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor | None:
     if not gate.is_cpu or (up is not None and (up.dtype is not gate.dtype or up.shape != gate.shape)):
         return None
+    if _is_tracing():
+        return None
     if gate.numel() <= backends.SMALLEST_DIFFERENTIATED["cpu"]:
         return reference.product(gate, up, gating) if gate.is_floating_point() else None
     if _cpu_kernel("product_backward") is None or not _is_plain(gate) or not gate.requires_grad:

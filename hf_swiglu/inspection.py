@@ -9,8 +9,8 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_swiglu.models import ModelError, load_config, resolve
-from hf_swiglu.patching import patch_model
-from hf_swiglu.report import PatchReport
+from hf_swiglu.patching.patch import patch_model
+from hf_swiglu.patching.report import PatchReport
 
 
 @dataclass(frozen=True)

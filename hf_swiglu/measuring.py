@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_swiglu import _compat
+
 
 def default_device() -> torch.device:
     """The GPU, if there is one."""
@@ -72,6 +74,10 @@ class _LiveTensors(TorchDispatchMode):
 
     def _release(self, size: int) -> None:
         self.live -= size
+
+
+# Measured as it runs without it.
+_compat.passive_modes.add(_LiveTensors)
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

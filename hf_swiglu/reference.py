@@ -80,6 +80,11 @@ def product_into_gate(gate: Tensor, up: Tensor, gating: Gating = SILU) -> Tensor
     return product(gate, up, gating)
 
 
+def written_swish(alpha: float) -> Callable[[Tensor], Tensor]:
+    """`gate * sigmoid(alpha * gate)` in the operators of a forward that spells it out."""
+    return lambda gate: gate * torch.sigmoid(gate if alpha == 1.0 else gate * alpha)
+
+
 def swish_power(gate: Tensor, power: int, alpha: float) -> Tensor:
     """`g^power * sigmoid(alpha * g)`."""
     activated = F.silu(gate) if alpha == 1.0 else gate * torch.sigmoid(gate * alpha)

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from models import HIDDEN, WIDE, GatedMLP
 from torch import nn
 
-# UNTRACED: a trace of it would lie, so only its one expression with the product may be fused.
-FUSED, UNTRACED, SKIPPED, EITHER = "fused", "untraced", "skipped", "either"
+FUSED, SKIPPED = "fused", "skipped"
 LOOKALIKES = {}
 
 
@@ -63,83 +62,83 @@ def packed_gate_last(self, x):
     return self.w2(self.act(gate) * up)
 
 
-@lookalike(EITHER, fc1=packed)
+@lookalike(FUSED, fc1=packed)
 def packed_slices(self, x):
     both = self.fc1(x)
     return self.w2(self.act(both[..., :WIDE]) * both[..., WIDE:])
 
 
-@lookalike(EITHER, fc1=packed)
+@lookalike(FUSED, fc1=packed)
 def packed_interleaved(self, x):
     both = self.fc1(x)
     return self.w2(self.act(both[..., ::2]) * both[..., 1::2])
 
 
-@lookalike(EITHER, fc1=packed)
+@lookalike(FUSED, fc1=packed)
 def packed_along_tokens(self, x):
     gate, up = self.w1(x).chunk(2, dim=1)
     return self.w2(self.act(gate) * up)
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def sigmoid_spelled_out(self, x):
     gate = self.w1(x)
     return self.w2(gate * torch.sigmoid(gate) * self.w3(x))
 
 
-@lookalike(EITHER, alpha=1.702)
+@lookalike(FUSED, alpha=1.702)
 def sigmoid_with_alpha(self, x):
     gate = self.w1(x)
     return self.w2(gate * torch.sigmoid(gate * self.alpha) * self.w3(x))
 
 
-@lookalike(EITHER, limit=0.2)
+@lookalike(FUSED, limit=0.2)
 def clamped(self, x):
     gate, up = self.w1(x).clamp(max=self.limit), self.w3(x).clamp(-self.limit, self.limit)
     return self.w2(self.act(gate) * up)
 
 
-@lookalike(EITHER, limit=0.1)
+@lookalike(FUSED, limit=0.1)
 def activation_clamped(self, x):
     return self.w2(self.act(self.w1(x)).clamp(max=self.limit) * self.w3(x))
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def clamped_on_one_side(self, x):
     return self.w2(self.act(self.w1(x).clamp(min=-0.1)) * self.w3(x).clamp(max=0.1))
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def up_plus_one(self, x):
     return self.w2(self.act(self.w1(x)) * (self.w3(x) + 1))
 
 
-@lookalike(EITHER, norm=norm)
+@lookalike(FUSED, norm=norm)
 def normalised_product(self, x):
     return self.w2(self.norm(self.act(self.w1(x)) * self.w3(x)))
 
 
-@lookalike(EITHER, norm=norm)
+@lookalike(FUSED, norm=norm)
 def normalised_gate(self, x):
     return self.w2(self.act(self.norm(self.w1(x))) * self.w3(x))
 
 
-@lookalike(EITHER, scale=0.5)
+@lookalike(FUSED, scale=0.5)
 def trailing_scale(self, x):
     return self.w2(self.act(self.w1(x)) * self.w3(x)) * self.scale
 
 
-@lookalike(EITHER, scale=3)
+@lookalike(FUSED, scale=3)
 def whole_number_scale(self, x):
     return self.w2(self.act(self.w1(x)) * self.w3(x)) * self.scale
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def multipliers(self, x):
     return self.w2(self.w3(x) * self.act(self.w1(x) * 0.7)) * 1.3
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def float32_inside(self, x):
     return self.w2((self.act(self.w1(x).float()) * self.w3(x)).type_as(x))
 
@@ -154,54 +153,54 @@ def functional_dropout(self, x):
     return self.w2(F.dropout(self.act(self.w1(x)) * self.w3(x), 0.5, self.training))
 
 
-@lookalike(UNTRACED)
+@lookalike(FUSED)
 def dropout_always_on(self, x):
     return self.w2(F.dropout(self.act(self.w1(x)) * self.w3(x), 0.5))
 
 
-@lookalike(UNTRACED, drop=dropout)
+@lookalike(FUSED, drop=dropout)
 def dropout_by_a_childs_flag(self, x):
     return self.w2(F.dropout(self.act(self.w1(x)) * self.w3(x), 0.5, self.drop.training))
 
 
-@lookalike(UNTRACED)
+@lookalike(FUSED)
 def sparse(self, x):
     gate = self.w1(x)
     cutoff = gate.mean(dim=-1, keepdim=True) + gate.std(dim=-1, keepdim=True)
     return self.w2(self.act(F.relu(gate - cutoff)) * self.w3(x))
 
 
-@lookalike(UNTRACED)
+@lookalike(FUSED)
 def branches_on_training(self, x):
     product = self.act(self.w1(x)) * self.w3(x)
     return self.w2(product * 2 if self.training else product)
 
 
-@lookalike(UNTRACED, drop=dropout)
+@lookalike(FUSED, drop=dropout)
 def branches_on_a_childs_training(self, x):
     product = self.act(self.w1(x)) * self.w3(x)
     return self.w2(product * 2 if self.drop.training else product)
 
 
-@lookalike(UNTRACED)
+@lookalike(FUSED)
 def branches_on_grad_mode(self, x):
     product = self.act(self.w1(x)) * self.w3(x)
     return self.w2(product * 2 if torch.is_grad_enabled() else product)
 
 
-@lookalike(UNTRACED)
+@lookalike(FUSED)
 def branches_on_a_missing_argument(self, x, scale=None):
     product = self.act(self.w1(x)) * self.w3(x)
     return self.w2(product) if scale is None else self.w2(product * scale)
 
 
-@lookalike(UNTRACED)
+@lookalike(FUSED)
 def branches_on_the_type(self, x):
     product = self.act(self.w1(x)) * self.w3(x)
     return self.w2(product * 2 if isinstance(x, torch.Tensor) else product)
 
 
-@lookalike(UNTRACED)
+@lookalike(FUSED)
 def stores_an_attribute(self, x):
     self.last = self.act(self.w1(x)) * self.w3(x)
     return self.w2(self.last)
@@ -211,20 +210,20 @@ def _count(self):
     self.calls = getattr(self, "calls", 0) + 1
 
 
-@lookalike(UNTRACED)
+@lookalike(FUSED)
 def stores_an_attribute_in_a_helper(self, x):
     _count(self)
     return self.w2(self.act(self.w1(x)) * self.w3(x))
 
 
-@lookalike(UNTRACED, seen=[])
+@lookalike(FUSED, seen=[])
 def fills_a_list(self, x):
     gate = self.w1(x)
     self.seen.append(gate)
     return self.w2(self.act(gate) * self.w3(x))
 
 
-@lookalike(UNTRACED)
+@lookalike(FUSED)
 def enters_a_context(self, x):
     with torch.no_grad():
         gate = self.w1(x)
@@ -236,81 +235,81 @@ def _without_gradient(projection, x):
         return projection(x)
 
 
-@lookalike(UNTRACED)
+@lookalike(FUSED)
 def enters_a_context_in_a_helper(self, x):
     return self.w2(self.act(_without_gradient(self.w1, x)) * self.w3(x))
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 @torch.no_grad()
 def decorated(self, x):
     return self.w2(self.act(self.w1(x)) * self.w3(x))
 
 
-@lookalike(UNTRACED)
+@lookalike(FUSED)
 def two_products(self, x):
     return self.w2(self.act(self.w1(x)) * self.w3(x) + self.act(self.w3(x)) * self.w1(x))
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def gate_used_again(self, x):
     gate = self.w1(x)
     return self.w2(self.act(gate) * self.w3(x) + gate)
 
 
-@lookalike(EITHER)
+@lookalike(SKIPPED)
 def activation_used_again(self, x):
     activated = self.act(self.w1(x))
     return self.w2(activated * self.w3(x) + activated)
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def product_used_again(self, x):
     product = self.act(self.w1(x)) * self.w3(x)
     return self.w2(product) + product[..., :HIDDEN]
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def up_made_from_gate(self, x):
     gate = self.w1(x)
     return self.w2(self.act(gate) * self.w3(self.w2(gate)))
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def self_gated(self, x):
     gate = self.w1(x)
     return self.w2(self.act(gate) * gate)
 
 
-@lookalike(EITHER)
+@lookalike(SKIPPED)
 def gate_in_place(self, x):
     return self.w2(F.silu(self.w1(x), inplace=True) * self.w3(x))
 
 
-@lookalike(EITHER)
+@lookalike(SKIPPED)
 def gate_in_place_and_used_again(self, x):
     gate = self.w1(x)
     return self.w2(F.silu(gate, inplace=True) * self.w3(x) + gate)
 
 
-@lookalike(EITHER, act=functools.partial(nn.SiLU, inplace=True))
+@lookalike(SKIPPED, act=functools.partial(nn.SiLU, inplace=True))
 def gate_in_place_by_a_module(self, x):
     gate = self.w1(x)
     return self.w2(self.act(gate) * self.w3(x) + gate)
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def input_in_place(self, x):
     x *= 2
     return self.w2(self.act(self.w1(x)) * self.w3(x))
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def tensor_made_inside(self, x):
     return self.w2(self.act(self.w1(x)) * self.w3(x)) * torch.tensor(0.5)
 
 
-@lookalike(UNTRACED)
+@lookalike(FUSED)
 def noise_made_inside(self, x):
     return self.w2(self.act(self.w1(x)) * self.w3(x)) + torch.randn(1)
 
@@ -320,16 +319,16 @@ def another_activation(self, x):
     return self.w2(F.gelu(self.w1(x)) * self.w3(x))
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def broadcast_up(self, x):
     return self.w2(self.act(self.w1(x)) * self.w3(x)[..., :1])
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def keyword_only_scale(self, x, *, scale=2.0):
     return self.w2(self.act(self.w1(x)) * self.w3(x)) * scale
 
 
-@lookalike(EITHER)
+@lookalike(FUSED)
 def returns_a_tuple(self, x):
     return self.w2(self.act(self.w1(x)) * self.w3(x)), None

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
 from hf_swiglu import patch_on_load, unpatch_model
-from hf_swiglu.fusion import FusedModule
-from hf_swiglu.loading import run
+from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.running import run
 
 BASE = transformers.PreTrainedModel
 
@@ -198,7 +198,7 @@ def test_the_run_command_says_what_was_fused_however_the_script_ends(tmp_path, e
     command = [sys.executable, "-m", "hf_swiglu", "run", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
-    assert "FusedModule" in done.stdout and "hf-swiglu: 2 MLPs fused in 1 models" in done.stderr
+    assert "FusedModule" in done.stdout and "hf-swiglu: 2 MLPs fused in 1 model\n" in done.stderr
     # Our other commands silence transformers; a script is not to miss what it would be told without us.
     assert "the script's own warning" in done.stderr
 

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_swiglu import patch_on_load
-from hf_swiglu.fusion import FusedModule
+from hf_swiglu.patching.classes import FusedModule
 
 ROOT = Path(__file__).parent.parent
 
@@ -147,4 +147,4 @@ def test_run_under_a_launcher(launcher, tmp_path):
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         assert f"rank {rank} ['--epochs', '3'] FusedModule" in done.stdout
-    assert done.stderr.count("hf-swiglu: 2 MLPs fused in 1 models") == 2
+    assert done.stderr.count("hf-swiglu: 2 MLPs fused in 1 model\n") == 2

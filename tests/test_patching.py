@@ -8,8 +8,9 @@ from models import CountedOperators, GatedMLP, tiny_gemma, tiny_llama, tiny_phi3
 from tolerance import assert_all_close_to_float64, assert_close_to_float64
 from torch import nn
 
-from hf_swiglu import PatchReport, patch_model, patching, unpatch_model
-from hf_swiglu.fusion import FusedModule
+from hf_swiglu import PatchReport, patch_model, unpatch_model
+from hf_swiglu.patching import classes, patch
+from hf_swiglu.patching.classes import FusedModule
 
 FAMILIES = pytest.mark.parametrize("build", [tiny_llama, tiny_phi3])
 
@@ -113,24 +114,30 @@ def test_one_family_after_another_in_one_model():
     assert unpatch_model(model) == 4
 
 
-@pytest.mark.parametrize("broken", ["fused", "compare"])
-def test_an_error_half_way_leaves_the_model_as_it_was(monkeypatch, broken):
+@pytest.mark.parametrize(
+    "owner, name, verify",
+    [
+        (classes, "fused_over", False),
+        (classes, "set_class", False),
+        (patch, "compare", True),
+        (patch, "_planned", False),
+    ],
+)
+def test_an_error_half_way_leaves_the_model_as_it_was(monkeypatch, owner, name, verify):
     model = nn.ModuleList([tiny_llama(), tiny_phi3()])
     before = _footprint(model)
-    owner, name = (patching, "fused") if broken == "fused" else (patching.verification, "_compare_classes")
-    original, classes = getattr(owner, name), []
+    original, calls = getattr(owner, name), []
 
-    def failing_at_the_second_class(*args):
-        cls = args[0] if isinstance(args[0], type) else type(args[0])
-        if classes and cls is not classes[0]:
+    def failing_the_third_time(*args):
+        calls.append(args)
+        if len(calls) == 3:
             raise KeyError("half-way")
-        classes.append(cls)
         return original(*args)
 
-    monkeypatch.setattr(owner, name, failing_at_the_second_class)
+    monkeypatch.setattr(owner, name, failing_the_third_time)
     with pytest.raises(KeyError, match="half-way"):
-        patch_model(model, verify=broken == "compare")
-    assert _footprint(model) == before
+        patch_model(model, verify=verify)
+    assert _footprint(model) == before and len(calls) >= 3
 
 
 @pytest.mark.parametrize(
@@ -185,16 +192,16 @@ def test_verify_finds_a_wrong_fusion_and_restores(monkeypatch, build):
     model = build()
     before = _footprint(model)
 
-    original = patching.fused
+    original = classes.fused_over
 
     def wrong(module, x):
-        return type(module).__mro__[1].forward(module, x) * 1.01
+        return classes.original_class(type(module)).forward(module, x) * 1.01
 
     def broken(cls, *args):
-        right = original(cls, *args)
-        return type(cls.__name__, (right,), {"forward": wrong})
+        fused = original(cls, *args)
+        return type(cls.__name__, (fused,), {"forward": wrong, "_swiglu_original": cls})
 
-    monkeypatch.setattr(patching, "fused", broken)
+    monkeypatch.setattr(classes, "fused_over", broken)
     with pytest.raises(RuntimeError, match=f"verify=True.*{type(_first_mlp(model)).__name__}"):
         patch_model(model, verify=True)
     assert _footprint(model) == before

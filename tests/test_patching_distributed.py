@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_swiglu import patch_model, unpatch_model
-from hf_swiglu.fusion import FusedModule
+from hf_swiglu.patching.classes import FusedModule
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo")
 
@@ -104,7 +104,9 @@ def test_undo_of_a_model_that_was_sharded_since_is_refused(group):
     patch_model(model)
     fully_shard(model[1], mesh=init_device_mesh("cpu", (1,)))
     classes = [type(module) for module in model.modules()]
-    with pytest.raises(RuntimeError, match=r"unpatch_model: 1 was wrapped as \w+ after it was fused.*before wrapping"):
+    with pytest.raises(
+        RuntimeError, match=r"unpatch_model: 1 was wrapped as \w+ by FSDPModule after it was fused.*before wrapping"
+    ):
         unpatch_model(model)
     assert [type(module) for module in model.modules()] == classes
 

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_swiglu import measuring, patch_model, unpatch_model
-from hf_swiglu.fusion import FusedModule
+from hf_swiglu.patching.classes import FusedModule
 
 
 @pytest.fixture
@@ -87,6 +87,17 @@ def test_gates_memory_is_not_reused_when_somebody_else_may_hold_it(mlp):
 
     original = mlp.w1.forward
     mlp.w1.forward = lambda x: original(x)
+    assert _reuses_gate(mlp), "a wrapper that keeps nothing"
+    mlp.w1.forward = lambda x: kept.append(original(x)) or kept[-1]
+    assert not _reuses_gate(mlp)
+    del mlp.w1.forward
+
+    def keeps_a_view(x):
+        gate = original(x)
+        kept.append(gate.detach())
+        return gate
+
+    mlp.w1.forward = keeps_a_view
     assert not _reuses_gate(mlp)
     del mlp.w1.forward
 
@@ -120,7 +131,12 @@ def test_a_packed_gates_memory_is_reused_where_the_projection_reads_it_in_place(
         assert measuring.peak_bytes(lambda: mlp(x), x.device) == allocated
     assert _reuses_gate(mlp) and not _reuses_gate(mlp, grad=True)
 
-    mlp.fc1.register_forward_hook(lambda module, args, out: None)
+    kept = []
+    handle = mlp.fc1.register_forward_hook(lambda module, args, out: kept.append(out))
+    assert not _reuses_gate(mlp)
+    handle.remove()
+    # Rows that lie apart are not what a hook of the projection would see without us.
+    mlp.fc2.register_forward_hook(lambda module, args, out: None)
     assert not _reuses_gate(mlp)
     # With a bias the projection would copy the rows that lie apart.
     biased = PackedMLP(bias=True)

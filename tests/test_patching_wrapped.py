@@ -10,7 +10,7 @@ from models import CountedOperators, GatedMLP, hidden_states, tiny_llama, tiny_p
 from torch import nn
 
 from hf_swiglu import patch_model, unpatch_model
-from hf_swiglu.fusion import FusedModule
+from hf_swiglu.patching.classes import FusedModule
 
 
 def _loss_and_gradients(model):

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import weakref
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from models import HIDDEN, GatedMLP, hidden_states, tiny_gemma, tiny_gpt2, tiny_
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_swiglu import patch_model, recognition
-from hf_swiglu.fusion import FusedModule
+from hf_swiglu import patch_model
+from hf_swiglu.patching import methods
+from hf_swiglu.patching.classes import FusedModule
 
 
 @pytest.mark.parametrize("build, kind", [(tiny_llama, "separate"), (tiny_phi3, "packed")])
@@ -208,19 +210,19 @@ def test_two_configurations_of_one_class_are_told_apart(cls):
             torch.testing.assert_close(mine(x), theirs(x))
 
 
-def test_126_layers_on_meta_are_traced_once_and_fused_without_weights(monkeypatch):
-    traced = collections.Counter()
-    trace = recognition.trace
+def test_126_layers_on_meta_are_read_once_and_fused_without_weights(monkeypatch):
+    read = collections.Counter()
+    analyse = methods._analyse
 
-    def counting(module, *args):
-        traced[type(module).__name__] += 1
-        return trace(module, *args)
+    def counting(function):
+        read[function.__qualname__] += 1
+        return analyse(function)
 
-    monkeypatch.setattr(recognition, "trace", counting)
+    monkeypatch.setattr(methods, "_analyse", counting)
+    monkeypatch.setattr(methods, "_analyses", weakref.WeakKeyDictionary())
     config = LlamaConfig(num_hidden_layers=126, vocab_size=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     assert len(patch_model(model).fused) == 126
     assert len({type(layer.mlp) for layer in model.model.layers}) == 1
-    assert traced["LlamaMLP"] == 1
-    assert max(traced.values()) == 1, traced
+    assert read["LlamaMLP.forward"] == 1 and max(read.values()) == 1, read

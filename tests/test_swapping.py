@@ -17,7 +17,7 @@ from transformers import (
 from transformers.activations import SiLUActivation
 
 from hf_swiglu import SwiGLU, patch_model, unpatch_model
-from hf_swiglu.fusion import FusedModule
+from hf_swiglu.patching.classes import FusedModule
 
 
 @torch.no_grad()
@@ -113,12 +113,15 @@ def test_a_swap_for_what_is_there_fuses_and_edits_nothing():
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "silu"])
-def test_a_swap_of_a_model_that_is_fused_already_is_refused(activation):
+def test_a_model_that_is_fused_already_is_swapped_and_restored(activation):
     model = tiny_llama(hidden_act="swiglu" if activation == "silu" else "silu")
-    patch_model(model)
     before = _state(model)
-    with pytest.raises(ValueError, match=r"already fused with .*; call unpatch_model"):
-        patch_model(model, activation=activation)
+    expected = _logits(tiny_llama(hidden_act=activation))
+    patch_model(model)
+    patch_model(model, activation=activation)
+    torch.testing.assert_close(_logits(model), expected)
+    assert model.config.hidden_act == activation
+    unpatch_model(model)
     assert _state(model) == before
 
 
@@ -200,14 +203,14 @@ def test_an_unknown_activation(activation):
 
 
 def test_an_error_after_the_swap_restores_model_and_config(monkeypatch):
-    from hf_swiglu import patching
+    from hf_swiglu.patching import classes
 
     def failing(*args):
         raise KeyError("after the swap")
 
     model = tiny_llama()
     before = _state(model)
-    monkeypatch.setattr(patching, "fused", failing)
+    monkeypatch.setattr(classes, "fused_over", failing)
     with pytest.raises(KeyError, match="after the swap"):
         patch_model(model, activation="swiglu")
     assert _state(model) == before

@@ -20,8 +20,8 @@ from hf_swiglu.coverage.page import DECLINED, FAILED, FUSED, NO_GATE, OTHER, Cen
 from hf_swiglu.coverage.rules import why_no_mlp_gate
 from hf_swiglu.coverage.scan import ScannedClass, scan
 from hf_swiglu.coverage.zoo import Specimen, Zoo, build_zoo, import_modeling_files
-from hf_swiglu.recognition import NotFusable
-from hf_swiglu.survey import Found, survey
+from hf_swiglu.patching.recognition import Found
+from hf_swiglu.patching.survey import survey
 
 # The gated linear unit of Dauphin et al. (2016), in one call of PyTorch's.
 _GLU = "sigmoid (GLU)"
@@ -70,7 +70,7 @@ def _census() -> Census:
     missed = [
         f"{cls.__module__.split('.')[-2]}.{cls.__name__}"
         for cls, result in found.items()
-        if cls not in classes and not isinstance(result, NotFusable) and result.gating is not None
+        if cls not in classes and result.choices
     ]
     return Census(
         transformers.__version__,
@@ -97,7 +97,6 @@ def _surveyed(zoo: Zoo, classes: Container[type[nn.Module]]) -> dict[type[nn.Mod
 
 
 def _multiplies(cls: type[nn.Module]) -> bool:
-    # A trace takes long with all of transformers imported; most classes can be told from their bytecode.
     functions = [function for function in vars(cls).values() if isinstance(function, types.FunctionType)]
     return any(
         instruction.argrepr in ("*", "*=") or instruction.argval in ("mul", "multiply", "mul_")
@@ -110,15 +109,14 @@ def _row(entry: ScannedClass, cls: type[nn.Module] | None, zoo: Zoo, found: dict
     specimen = zoo.specimens.get(cls) if cls is not None else None
     result = found.get(cls) if cls is not None else None
     activation = _activation(entry, specimen)
-    fused = result is not None and not isinstance(result, NotFusable) and result.gating is not None
     verdict, reason = _verdict(entry, specimen, result, activation)
-    if fused:
+    if result is not None and result.choices:
         activation = result.activation
     return Row(entry.family, entry.name, _kind(entry, result), activation, verdict, reason)
 
 
 def _verdict(entry: ScannedClass, specimen: Specimen | None, result: Found | None, activation: str) -> tuple[str, str]:
-    if result is not None and not isinstance(result, NotFusable) and result.gating is not None:
+    if result is not None and result.choices:
         return _compared(specimen)
     no_gate = why_no_mlp_gate(entry.name, entry.products)
     if no_gate is not None:
@@ -127,8 +125,8 @@ def _verdict(entry: ScannedClass, specimen: Specimen | None, result: Found | Non
         return FAILED, "no model is built with it, and it could not be built by itself"
     if not _is_silu(activation):
         return OTHER, f"its gate's activation is {activation}"
-    if isinstance(result, NotFusable):
-        return DECLINED, str(result)
+    if result is not None:
+        return DECLINED, result.reason
     return FAILED, "nothing in it was recognised"
 
 
@@ -142,7 +140,7 @@ def _compared(specimen: Specimen) -> tuple[str, str]:
 
 def _kind(entry: ScannedClass, result: Found | None) -> str:
     """How gate and up come, from recognition where it found them, and else from the source."""
-    if result is not None and not isinstance(result, NotFusable):
+    if result is not None:
         return result.kind
     if entry.name.endswith("Experts"):
         return "experts"

@@ -31,7 +31,7 @@ class PatchReport(Sequence[Entry]):
     Print it to read it; index or iterate it, or use `fused`, `already_fused` and `skipped`, to compute with it.
 
     Example:
-        >>> from hf_swiglu.report import Entry, PatchReport
+        >>> from hf_swiglu.patching.report import Entry, PatchReport
         >>> print(PatchReport([Entry("layers.0.mlp", "LlamaMLP", "fused", "separate", "SiLU")]))
         gated MLPs: 1 fused, 0 already fused, 0 skipped
           fused: 1 x LlamaMLP (layers.0.mlp): separate gate and up, SiLU

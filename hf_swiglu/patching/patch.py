@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
-from hf_swiglu import swapping, verification
-from hf_swiglu.fusion import FusedModule, fused_class, original_class
-from hf_swiglu.recognition import NotFusable, Product
-from hf_swiglu.report import ALREADY_FUSED, FUSED, SKIPPED, Entry, PatchReport
-from hf_swiglu.survey import Found, choose, survey
-from hf_swiglu.waiting import waiting_members
+from hf_swiglu.patching import classes, swap
+from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.patching.recognition import Found
+from hf_swiglu.patching.report import ALREADY_FUSED, FUSED, SKIPPED, Entry, PatchReport, Verdict
+from hf_swiglu.patching.source import NoSource
+from hf_swiglu.patching.survey import choose, survey
+from hf_swiglu.patching.verify import compare
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What is to become of one module: `fused` is its new class, None where it keeps its own."""
+
+    entry: Entry
+    module: nn.Module
+    found: Found
+    fused: type[nn.Module] | None = None
 
 
 def patch_model(
@@ -29,9 +40,11 @@ def patch_model(
 
         down(act(gate(x)) * up(x))      becomes      down(product(gate(x), up(x)))
 
-    in place, with the same parameters, outputs and state_dict, whatever the module and its children are called.
-    Without gradients the product overwrites gate. With them, gate and up are all that is kept for backward, where a
-    kernel runs: see `available_backends`; gates of up to 12,288 elements on a CPU go without.
+    in place, with the same parameters, outputs and state_dict, whatever the module and its children are called. The
+    product is all that changes: everything around it stays the class's own Python, and whether to fuse is decided at
+    every call, from what activation, gate and up are then. Without gradients the product is written over gate. With
+    them, gate and up are all that is kept for backward, where a kernel runs: see `available_backends`; gates of up to
+    12,288 elements on a CPU go without.
 
     Args:
         model: any `torch.nn.Module`; wrapped by PEFT, accelerate or DDP is fine.
@@ -40,11 +53,12 @@ def patch_model(
         recompute: keep gate and up for backward, and compute the product again when the down projection's gradient
             needs it. False keeps the product as well: half a buffer's worth of arithmetic for a buffer of memory.
         strict: raise when there is nothing to fuse.
-        verify: run each distinct class on a random input before and after, and compare.
+        verify: run each module on a random input before and after, and compare.
         only: shell-style patterns of class names or of qualified names, such as "LlamaMLP" or "model.layers.0.*".
 
     Returns:
-        What was fused and what was skipped, with the reasons.
+        What was fused and what was skipped, with the reasons. A module that was fused with other options is fused
+        again with these.
 
     Raises:
         TypeError: `model` is not a module.
@@ -63,26 +77,21 @@ def patch_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_model: model must be a torch.nn.Module; got {type(model).__name__}")
     chosen = choose(model, only)
-    surveyed = survey(chosen)
-    with contextlib.ExitStack() as stack, contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as undo:
         if activation is not None:
-            stack.enter_context(swapping.swapped(model, surveyed, activation))
-            surveyed = survey(chosen)
-        report = PatchReport([_entry(*row) for row in surveyed])
+            undo.enter_context(swap.swapped(model, survey(chosen), activation))
+        plan = [_planned(name, module, found, recompute) for name, module, found in survey(chosen)]
+        report = PatchReport([planned.entry for planned in plan])
         if strict and not report.fused and not report.already_fused:
             raise ValueError(_nothing_fused(model, report))
-        names = {entry.name for entry in report.fused}
-        plan = [
-            (module, fused(type(module), found, recompute), found)
-            for name, module, found in surveyed
-            if name in names and not isinstance(found, NotFusable)
-        ]
-        if verify:
-            verification.compare(plan, set_class)
-        for module, cls, _ in plan:
-            undo.callback(set_class, module, type(module))
-            set_class(module, cls)
-        undo.pop_all()
+        with contextlib.ExitStack() as restore:
+            for planned in plan:
+                if planned.fused is not None:
+                    if verify:
+                        compare(planned.module, planned.entry.name, type(planned.module), planned.fused, planned.found)
+                    restore.callback(classes.set_class, planned.module, type(planned.module))
+                    classes.set_class(planned.module, planned.fused)
+            restore.pop_all()
     return report
 
 
@@ -109,52 +118,41 @@ def unpatch_model(model: nn.Module) -> int:
         raise TypeError(f"unpatch_model: model must be a torch.nn.Module; got {type(model).__name__}")
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedModule)]
     for name, module in modules:
-        if FusedModule not in type(module).__bases__:
+        if classes.wrapper_of(type(module)) is not None:
             raise RuntimeError(
-                f"unpatch_model: {name} was wrapped as {type(module).__mro__[1].__name__} after it was fused; "
-                "unpatch a model before wrapping it"
+                f"unpatch_model: {name} was wrapped as {type(module).__name__} by "
+                f"{classes.wrapper_of(type(module))} after it was fused; unpatch a model before wrapping it"
             )
     for _, module in modules:
-        set_class(module, original_class(type(module)))
-    return len({module for _, module in modules} | set(swapping.restore(model)))
+        classes.set_class(module, classes.original_class(type(module)))
+    return len({module for _, module in modules} | set(swap.restore(model)))
 
 
-def fused(original: type[nn.Module], found: Product, recompute: bool = True) -> type[nn.Module]:
-    """The fused subclass of the class of a module in which `found` was recognised."""
-    return fused_class(original, found, recompute, waiting_members(original, found))
+def _planned(name: str, module: nn.Module, found: Found, recompute: bool) -> _Planned:
+    def entry(verdict: Verdict, reason: str = "") -> Entry:
+        return Entry(name, type(module).__name__, verdict, found.kind, found.activation, reason)
 
-
-def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Change the module's class, and the bound forward that accelerate's hooks keep on the instance."""
-    for name in _bound_forwards(module):
-        vars(module)[name] = types.MethodType(cls.forward, module)
-    module.__class__ = cls
-
-
-def _bound_forwards(module: nn.Module) -> list[str]:
-    """The instance attributes that hold the class's own forward: `_old_forward` while accelerate's hook is on,
-    `forward` after it was taken off."""
-    return [
-        name
-        for name in ("forward", "_old_forward")
-        if getattr(vars(module).get(name), "__func__", None) is type(module).forward
-    ]
-
-
-def _entry(name: str, module: nn.Module, found: Found) -> Entry:
-    class_name = type(module).__name__
-    if isinstance(found, NotFusable):
-        return Entry(name, class_name, SKIPPED, reason=str(found))
-    described = (found.kind, found.activation)
+    if not found.choices:
+        return _Planned(entry(SKIPPED, found.reason), module, found)
     if isinstance(module, FusedModule):
-        return Entry(name, class_name, ALREADY_FUSED, *described)
-    if found.gating is None:
-        reason = f"its gate's activation is {found.activation}, not SiLU or SwiGLU"
-        return Entry(name, class_name, SKIPPED, *described, reason)
-    if {"forward", "_old_forward"} & vars(module).keys() and not _bound_forwards(module):
+        if classes.is_fused_so(type(module), found.choices, recompute):
+            return _Planned(entry(ALREADY_FUSED), module, found)
+        wrapper = classes.wrapper_of(type(module))
+        if wrapper is not None:
+            reason = f"it was fused with other options, and then wrapped by {wrapper}"
+            return _Planned(entry(SKIPPED, reason), module, found)
+    if {"forward", "_old_forward"} & vars(module).keys() and not classes.bound_forwards(module):
         reason = "its forward was replaced on the instance, by something other than accelerate's hooks"
-        return Entry(name, class_name, SKIPPED, *described, reason)
-    return Entry(name, class_name, FUSED, *described)
+        return _Planned(entry(SKIPPED, reason), module, found)
+    original = classes.original_class(type(module)) if isinstance(module, FusedModule) else type(module)
+    try:
+        fused = classes.fused_over(original, found.choices, recompute)
+    except NoSource as reason:
+        return _Planned(entry(SKIPPED, str(reason)), module, found)
+    except TypeError as error:
+        # A metaclass, or bases, that allow no such subclass.
+        return _Planned(entry(SKIPPED, f"its class cannot be subclassed: {error}"), module, found)
+    return _Planned(entry(FUSED), module, found, fused)
 
 
 def _nothing_fused(model: nn.Module, report: PatchReport) -> str:

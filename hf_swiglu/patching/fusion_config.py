@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
-from hf_swiglu.patching import fused
-from hf_swiglu.recognition import NotFusable
-from hf_swiglu.survey import survey
+from hf_swiglu import _compat
+from hf_swiglu.patching.patch import patch_model
+from hf_swiglu.patching.survey import survey
 
 NAME = "swiglu"
 
 
-def register() -> None:
+def register_fusion() -> None:
     """Put the fusion into transformers' registry; releases without one are left alone."""
-    try:
-        from transformers.fusion_mapping import _FUSION_REGISTRY, ModuleFusionSpec
-    except ImportError:
+    found = _compat.fusion_registry()
+    if found is None:
         return
+    registry, spec = found
 
-    class SwiGLUFusion(ModuleFusionSpec):
+    class SwiGLUFusion(spec):  # type: ignore[misc, valid-type]
         def is_fusable(self, module: nn.Module) -> bool:
-            return _found(module) is not None
+            return any(found.choices for _, _, found in survey([("", module)]))
 
         def make_fused_class(self, original_cls: type[nn.Module]) -> type[nn.Module]:
             return _self_fusing(original_cls)
@@ -28,12 +28,7 @@ def register() -> None:
         def make_transforms(self, config):
             return []
 
-    _FUSION_REGISTRY.setdefault(NAME, SwiGLUFusion())
-
-
-def _found(module: nn.Module):
-    rows = survey([("", module)])
-    return rows[0][2] if rows and not isinstance(rows[0][2], NotFusable) and rows[0][2].gating is not None else None
+    registry.setdefault(NAME, SwiGLUFusion())
 
 
 def _self_fusing(original: type[nn.Module]) -> type[nn.Module]:
@@ -46,9 +41,8 @@ def _self_fusing(original: type[nn.Module]) -> type[nn.Module]:
     def __init__(self, *args, **kwargs):
         original.__init__(self, *args, **kwargs)
         self.__class__ = original
-        found = _found(self)
-        if found is not None:
-            self.__class__ = fused(original, found)
+        if any(found.choices for _, _, found in survey([("", self)])):
+            patch_model(self, strict=False, only=original.__name__)
 
     members = {"__init__": __init__, "__module__": original.__module__, "__qualname__": original.__qualname__}
     metaclass = type(original)

@@ -1,0 +1,94 @@
+"""Private names of PyTorch and transformers that the patcher uses, and what happens where one is missing.
+
+A release that renames one costs a fast path or a feature, never the import.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+
+def _private(owner: object, path: str) -> Any:
+    """The attribute at a dotted path below `owner`, or None."""
+    return functools.reduce(lambda found, name: getattr(found, name, None), path.split("."), owner)
+
+
+_storage_use_count: Callable[[int], int] | None = _private(torch, "_C._storage_Use_Count")
+_function_modes: Callable[[], int] | None = _private(torch, "_C._len_torch_function_stack")
+_function_mode_at: Callable[[int], object] | None = _private(torch, "_C._get_function_stack_at")
+_dispatch_modes: Callable[[], int] | None = _private(torch, "_C._len_torch_dispatch_stack")
+_mode_stack: Callable[[], list] | None = _private(torch, "utils._python_dispatch._get_current_dispatch_mode_stack")
+_default_hooks: Callable[[bool], Any] | None = _private(torch, "_C._autograd._top_saved_tensors_default_hooks")
+_graph_task: Callable[[], int] | None = _private(torch, "_C._current_graph_task_id")
+_global_hooks: Callable[[], bool] | None = _private(nn_module, "_has_any_global_hook")
+_device_context: type | None = _private(torch, "utils._device.DeviceContext")
+
+increment_version: Callable[[Tensor], None] | None = _private(torch, "autograd.graph.increment_version")
+
+# Without it, modules that are called are taken for hooked, and nothing is fused in them.
+module_call: Callable[..., Any] = nn.Module.__call__
+
+
+def storage_use_count(tensor: Tensor) -> int:
+    """How many tensors and storage objects share the memory of `tensor`; -1, which nothing equals, where unknown."""
+    return -1 if _storage_use_count is None else _storage_use_count(tensor.untyped_storage()._cdata)
+
+
+# Dispatch modes of our own that count: they keep and change nothing.
+passive_modes: set[type] = set()
+
+
+def is_any_mode_active() -> bool:
+    """Whether a dispatch or function mode sees what runs here, and might keep or change it.
+
+    One that chooses a default device does not.
+    """
+    if _dispatch_modes is None or _function_modes is None:
+        return True
+    if _dispatch_modes() and (_mode_stack is None or not all(type(mode) in passive_modes for mode in _mode_stack())):
+        return True
+    count = _function_modes()
+    if not count:
+        return False
+    if _function_mode_at is None or _device_context is None:
+        return True
+    return not all(type(_function_mode_at(at)) is _device_context for at in range(count))
+
+
+def has_global_hook() -> bool:
+    """Whether hooks are registered for every module."""
+    return True if _global_hooks is None else _global_hooks()
+
+
+# Without these two names the product is kept for backward: see `patching.recompute`.
+can_pack_saved_tensors = _default_hooks is not None and _graph_task is not None
+
+
+def saved_tensors_default_hooks() -> tuple[Callable, Callable] | None:
+    """(pack, unpack) of the innermost `saved_tensors_hooks`, if there are any."""
+    assert _default_hooks is not None
+    return _default_hooks(True)
+
+
+def graph_task() -> int:
+    """Which backward pass is running in this thread."""
+    assert _graph_task is not None
+    return _graph_task()
+
+
+def fusion_registry() -> tuple[dict[str, Any], type] | None:
+    """(registry, base class of its entries) of transformers' `fusion_config`; None in releases without one."""
+    try:
+        from transformers import fusion_mapping
+    except ImportError:
+        return None
+    module: ModuleType = fusion_mapping
+    registry, base = _private(module, "_FUSION_REGISTRY"), _private(module, "ModuleFusionSpec")
+    return None if registry is None or base is None else (registry, base)

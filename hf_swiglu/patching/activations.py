@@ -1,0 +1,87 @@
+"""Which activations are SiLU or SwiGLU, and whether one would do nothing else when it is called now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2CLS, SiLUActivation
+
+from hf_swiglu import _compat
+from hf_swiglu.activation import SwiGLU
+from hf_swiglu.reference import SILU, SWIGLU, Gating
+
+_silu = F.silu
+_SIGMOIDS = (torch.sigmoid, F.sigmoid)
+_MULTIPLICATIONS = (torch.mul, torch.multiply)
+
+# The member of the family that a module of each class gates with.
+GATINGS: dict[type, Gating] = {nn.SiLU: SILU, SiLUActivation: SILU, SwiGLU: SWIGLU}
+# Their own forwards, if they are: one that was replaced before this import is not known.
+_FORWARDS: dict[type, Callable[..., Any]] = {
+    cls: cls.forward for cls in GATINGS if cls.forward.__globals__["__name__"] == cls.__module__
+}
+_is_silu_original = getattr(_silu, "__globals__", {}).get("__name__") == "torch.nn.functional"
+
+# Activations that make a gated MLP of another kind: GLU, GeGLU, ReGLU and so on.
+OTHER_FUNCTIONS = {
+    F.gelu, F.relu, F.mish, F.hardswish, F.elu, F.leaky_relu, F.selu, F.sigmoid, F.tanh, F.logsigmoid, torch.relu,
+    torch.tanh, torch.sigmoid,
+}  # fmt: skip
+ACTIVATION_CLASSES = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()} | {SwiGLU}
+
+
+def fusable(activation: object, multiply: object = torch.mul) -> Gating | None:
+    """The member of the family that a call of `activation`, as it is at this moment, stands for.
+
+    None for every other callable, and for one that was hooked, that has another forward on the instance or on its
+    class, or that works in place. `multiply` is the function that multiplies, where it is not the operator.
+    """
+    cls = type(activation)
+    gating = GATINGS.get(cls)
+    if gating is None:
+        is_silu = activation is _silu and _is_silu_original and multiply in _MULTIPLICATIONS
+        return SILU if is_silu else None
+    state = activation.__dict__
+    if (
+        cls.forward is not _FORWARDS.get(cls)  # type: ignore[attr-defined]
+        or cls.__call__ is not _compat.module_call  # type: ignore[operator]
+        or F.silu is not _silu
+        or "forward" in state
+        or state.get("inplace")
+        or multiply not in _MULTIPLICATIONS
+        or _compat.has_global_hook()
+        or not has_no_hooks(state, _only_gathers)
+    ):
+        return None
+    return gating
+
+
+def is_sigmoid(function: object) -> bool:
+    """Whether `function` is PyTorch's sigmoid."""
+    return function in _SIGMOIDS
+
+
+def gating_of(activation: object) -> Gating | None:
+    """What `fusable` returns while nothing is hooked or replaced."""
+    if activation is _silu:
+        return SILU
+    return None if getattr(activation, "inplace", False) else GATINGS.get(type(activation))
+
+
+def has_no_hooks(state: Mapping[str, Any], allowed: Callable[[Callable], bool]) -> bool:
+    """Whether the module with this `__dict__` has no hooks but those that are allowed."""
+    # Not as a list: this runs for every token, and a list of them took 1 us more of an MLP's 24 (EPYC 9004).
+    forward, before = state["_forward_hooks"], state["_forward_pre_hooks"]
+    backward, before_backward = state["_backward_hooks"], state["_backward_pre_hooks"]
+    if not (forward or before or backward or before_backward):
+        return True
+    return all(allowed(hook) for hooks in (forward, before, backward, before_backward) for hook in hooks.values())
+
+
+def _only_gathers(hook: Callable) -> bool:
+    # DeepSpeed's ZeRO-3 hooks every module, to gather the parameters that it has; an activation has none.
+    return (getattr(hook, "__module__", None) or "").startswith("deepspeed.")

@@ -1,0 +1,203 @@
+"""The classes of fused modules, and how a module gets one and loses it.
+
+    LlamaMLP  ->  LlamaMLP(FusedModule, rewritten LlamaMLP, LlamaMLP)
+
+The subclass has the original's name, so that nothing which looks modules up by class or by name can tell the
+difference. The methods of each class that has a product are overridden in a layer of their own, just before that class
+in the method resolution order: `super()` finds what it found before, rewritten.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn.utils import parametrize
+
+from hf_swiglu.patching import fusing, recompute
+from hf_swiglu.patching.activations import fusable
+from hf_swiglu.patching.recognition import Choice
+from hf_swiglu.patching.rewriting import rewrite
+
+
+class FusedModule(nn.Module):
+    """Mixed into every fused class: copies stay fused, pickles carry the original class.
+
+    A pickle therefore loads on a machine without hf_swiglu, unfused; `patch_model` fuses it again.
+    """
+
+    # Of each fused class: what it was made from, what is rewritten in it, and whether backward computes products again.
+    _swiglu_original: type[nn.Module]
+    _swiglu_choices: tuple[Choice, ...]
+    _swiglu_recomputes: bool
+
+    def __init_subclass__(cls, **arguments):
+        # The original's own, a registry's perhaps, is for subclasses that a user wrote.
+        pass
+
+    def __copy__(self):
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo):
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __reduce_ex__(self, protocol):
+        # A pickle may name no other class than the object's own at this moment, so it has the original one until the
+        # pickler has asked for the items of the list that it is not. Loading needs nothing but that class then.
+        _, _, *state = super().__reduce_ex__(protocol)
+        restore = _Restore(self)
+        if protocol < 2:
+            return copyreg._reconstructor, (original_class(restore.fused), object, None), *state  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (original_class(restore.fused),), state[0], restore  # type: ignore[attr-defined]
+
+    def _get_name(self):
+        # Only what `print(model)` shows; the class itself keeps the original's name.
+        return f"Fused{type(self).__name__}"
+
+
+class _Restore:
+    """An empty iterator that gives a module its fused class back when it is asked, or when it is dropped."""
+
+    def __init__(self, module: FusedModule):
+        self.module, self.fused = module, type(module)
+        module.__class__ = original_class(self.fused)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.module.__class__ = self.fused
+        raise StopIteration
+
+    def __del__(self):
+        if type(self.module) is original_class(self.fused):
+            self.module.__class__ = self.fused
+
+
+# By the original, whether the product is kept for backward, and what is rewritten.
+_fused_classes: dict[tuple, type[nn.Module]] = {}
+
+
+def fused_class(original: type[nn.Module], choices: Sequence[Choice], recomputes: bool) -> type[nn.Module]:
+    """The subclass of `original` in which the chosen products are fused.
+
+    Raises:
+        NoSource: a method, or its decorator, cannot be rewritten.
+    """
+    key = (original, recomputes, *(choice.key for choice in choices))
+    if key not in _fused_classes:
+        runtime = _runtime(recomputes)
+        methods: dict[str, object] = {}
+        layers: dict[type, dict[str, object]] = {}
+        for choice in choices:
+            method = choice.method
+            # Only `super()` finds a method that another one of the same name stands before.
+            is_reached = getattr(original, method.name) is method.function
+            owner = original if is_reached else method.owner
+            members = methods if is_reached else layers.setdefault(owner, {})
+            members[method.name] = rewrite(method, choice.products, runtime, owner)
+        between = [_subclass(owner, (owner,), layers[owner]) for owner in original.__mro__ if owner in layers]
+        members = {
+            **methods,
+            "_swiglu_original": original,
+            "_swiglu_choices": tuple(choices),
+            "_swiglu_recomputes": recomputes,
+        }
+        _fused_classes[key] = _subclass(original, (FusedModule, original, *between), members)
+    return _fused_classes[key]
+
+
+def original_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a fused one was made from, under parametrize's own class if there is one."""
+    original = vars(cls).get("_swiglu_original")
+    if original is not None:
+        return original
+    parametrized = vars(cls).get("_swiglu_parametrized")
+    if parametrized is not None and _members(parametrized) == _members(cls):
+        return parametrized
+    return _rebased(cls, original_class(cls.__bases__[0]))
+
+
+def wrapper_of(cls: type[nn.Module]) -> str | None:
+    """The class that was put around a fused one, by anything but parametrize; None where there is none."""
+    while _is_parametrized(cls):
+        cls = cls.__bases__[0]
+    if "_swiglu_original" in vars(cls):
+        return None
+    return next(base.__name__ for base in cls.__mro__[1:] if not issubclass(base, FusedModule))
+
+
+def is_fused_so(cls: type[FusedModule], choices: Sequence[Choice], recomputes: bool) -> bool:
+    """Whether a fused class is what `fused_class` makes of these."""
+    ours, theirs = ([choice.key for choice in each] for each in (choices, cls._swiglu_choices))
+    return ours == theirs and cls._swiglu_recomputes == recomputes
+
+
+def fused_over(cls: type[nn.Module], choices: Sequence[Choice], recomputes: bool) -> type[nn.Module]:
+    """`fused_class` for the class of a module, which may be one that `torch.nn.utils.parametrize` has made for it.
+
+    That one stays outermost, because it is taken off again from there.
+    """
+    if not _is_parametrized(cls):
+        return fused_class(cls, choices, recomputes)
+    rebased = _rebased(cls, fused_over(cls.__bases__[0], choices, recomputes))
+    rebased._swiglu_parametrized = cls  # type: ignore[attr-defined]
+    return rebased
+
+
+def _is_parametrized(cls: type) -> bool:
+    """Whether `parametrize` has made this class for one module."""
+    return cls.__name__.startswith("Parametrized") and cls.__module__ == parametrize.__name__
+
+
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the module's class, and the bound forward that accelerate's hooks keep on the instance."""
+    for name in bound_forwards(module):
+        vars(module)[name] = types.MethodType(cls.forward, module)
+    module.__class__ = cls
+
+
+def bound_forwards(module: nn.Module) -> list[str]:
+    """The instance attributes that hold the class's own forward: `_old_forward` while accelerate's hook is on,
+    `forward` after it was taken off."""
+    return [
+        name
+        for name in ("forward", "_old_forward")
+        if getattr(vars(module).get(name), "__func__", None) is type(module).forward
+    ]
+
+
+def _runtime(recomputes: bool) -> dict[str, Any]:
+    """What rewritten methods call, by the names that `rewriting` gives it."""
+    functions = (fusing.gated, fusing.times, fusing.family, fusing.chained, fusing.packed, fusable)
+    return {
+        "fused": FusedModule,
+        "is_compiling": is_dynamo_compiling,
+        "project": recompute.project if recomputes else recompute.call,
+        **{function.__name__: function for function in functions},
+    }
+
+
+def _subclass(like: type, bases: tuple[type, ...], members: dict[str, object]) -> type[nn.Module]:
+    named = {name: getattr(like, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(like)(like.__name__, bases, {**members, **named})  # type: ignore[return-value]
+
+
+def _members(cls: type) -> set[str]:
+    """What a class of parametrize's defines."""
+    return {name for name in vars(cls) if not name.startswith("_swiglu_")}
+
+
+def _rebased(cls: type, base: type) -> type[nn.Module]:
+    members = {name: vars(cls)[name] for name in vars(cls) if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, (base, *cls.__bases__[1:]), members)  # type: ignore[return-value]

@@ -1,0 +1,113 @@
+"""What rewritten methods call: the product of an activated gate and up, fused where that is the same at this moment.
+
+Each function is handed what the original expression evaluated, in its order. `last_use` says that gate is held by one
+local name, which is not read again.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from hf_swiglu import functional, reference
+from hf_swiglu.patching.activations import fusable, has_no_hooks, is_sigmoid
+from hf_swiglu.patching.ownership import counts, mark_written, may_be_written, owned_counts
+from hf_swiglu.reference import LAYOUTS, Gating
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def gated(gating: Gating, activation: Activation, gate: Tensor, up: Tensor, last_use: bool) -> Tensor:
+    """`activation(gate) * up`, for an activation that `fusable` has called `gating`."""
+    if type(gate) is not Tensor or type(up) is not Tensor:
+        return activation(gate) * up
+    if not up.requires_grad and counts(gate) == owned_counts(last_use) and may_be_written(gate):
+        return _over_gate(gate, up, gating)
+    return functional.gated_product(gate, up, gating)
+
+
+def times(
+    up: Tensor, activation: Activation, gate: Tensor, last_use: bool, multiply: Callable = operator.mul
+) -> Tensor:
+    """`up * activation(gate)`, evaluated in this order."""
+    gating = fusable(activation) if multiply is operator.mul else fusable(activation, multiply)
+    if gating is None or type(gate) is not Tensor or type(up) is not Tensor:
+        return multiply(up, activation(gate))
+    if not up.requires_grad and counts(gate) == owned_counts(last_use) and may_be_written(gate):
+        return _over_gate(gate, up, gating)
+    return functional.gated_product(gate, up, gating)
+
+
+def family(
+    activation: object,
+    *,
+    sigmoid: object = None,
+    alpha: object = 1.0,
+    gate_limit: object = math.inf,
+    act_limit: object = math.inf,
+    up_limit: object = math.inf,
+    up_offset: object = 0.0,
+) -> Gating | None:
+    """The member of the family with these limits as they are now; None where one is no number, or not fusable.
+
+    Swish is `activation`, or written out with `sigmoid` where `activation` is None.
+    """
+    if activation is None:
+        power = 1 if is_sigmoid(sigmoid) else 0
+    else:
+        gating = fusable(activation)
+        power = gating.power if gating is not None else 0
+    limits = (alpha, gate_limit, act_limit, up_limit, up_offset)
+    if not power or not all(type(limit) in (int, float) for limit in limits):
+        return None
+    gating = Gating(power, *map(float, limits))  # type: ignore[arg-type]
+    # A negative limit, or NaN, is left to PyTorch.
+    return gating if gating.up_limit >= 0 and not any(map(math.isnan, gating)) else None
+
+
+def chained(gating: Gating, activation: Activation | None, last_use: bool, *, gate: Tensor, up: Tensor) -> Tensor:
+    """The product of a `matching.Chain` with gate and up in two tensors."""
+    if type(gate) is not Tensor or type(up) is not Tensor:
+        return _plain(gating, activation, gate, up)
+    if not up.requires_grad and counts(gate) == owned_counts(last_use) and may_be_written(gate):
+        return _over_gate(gate, up, gating)
+    return functional.gated_product(gate, up, gating)
+
+
+def packed(
+    gating: Gating, activation: Activation | None, gate_up: Tensor, layout: str, last_use: bool, down: object
+) -> Tensor:
+    """The product of a `matching.Chain` with gate and up in one tensor; `down` is what takes the product, if known."""
+    if type(gate_up) is not Tensor:
+        return _plain(gating, activation, *LAYOUTS[layout](gate_up))
+    if (
+        down is not None
+        and counts(gate_up) == owned_counts(last_use)
+        and may_be_written(gate_up)
+        and _reads_rows_in_place(down)
+    ):
+        gate, up = LAYOUTS[layout](gate_up)
+        return _over_gate(gate, up, gating)
+    return functional.packed_product(gate_up, gating, layout)
+
+
+def _over_gate(gate: Tensor, up: Tensor, gating: Gating) -> Tensor:
+    result = functional.product_into_gate(gate, up, gating)
+    if result is gate:
+        mark_written(gate)
+    return result
+
+
+def _plain(gating: Gating, activation: Activation | None, gate: Tensor, up: Tensor) -> Tensor:
+    return reference.product(gate, up, gating, activation or reference.written_swish(gating.alpha))
+
+
+def _reads_rows_in_place(down: object) -> bool:
+    """Whether the projection reads rows that lie apart where they are; with a bias it would copy them."""
+    if type(down) is not nn.Linear or down.bias is not None:
+        return False
+    state = vars(down)
+    return "forward" not in state and has_no_hooks(state, lambda hook: False)

@@ -1,0 +1,251 @@
+"""Fusing transformers models as they are built, and once more when they are first called."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import threading
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import transformers
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from hf_swiglu.patching.patch import patch_model
+from hf_swiglu.patching.report import ALREADY_FUSED, FUSED, PatchReport
+from hf_swiglu.patching.verify import compare_fused
+
+_OPTIONS = {"activation": None, "recompute": True, "strict": True, "verify": False, "only": None}
+
+
+class Session:
+    """What one `with patch_on_load(...)` asks for, and what it has seen."""
+
+    def __init__(self, options: dict[str, Any]):
+        self._options = _OPTIONS | options
+        self._building = threading.local()
+        # For each model that was built: its report's place in `reports`.
+        self._models: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        # For each transformers model: the outermost one around it.
+        self._outermost: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+        self._called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._lock = threading.RLock()
+        self.reports: list[PatchReport] = []
+
+    @property
+    def count(self) -> tuple[int, int]:
+        """(MLPs fused, models)"""
+        return sum(len(report.fused) for report in self.reports), len(self.reports)
+
+    @contextlib.contextmanager
+    def construction(self, model: nn.Module) -> Iterator[None]:
+        """Around each `__init__` of a transformers model, its base classes' among them."""
+        stack = vars(self._building).setdefault("stack", [])
+        if any(model is other for other in stack):
+            yield
+            return
+        stack.append(model)
+        try:
+            yield
+        finally:
+            stack.pop()
+        if not stack:
+            # Names, and the config, are only now what a user sees.
+            self.look_at(model)
+
+    def before_call(self, model: nn.Module) -> None:
+        """Before each call of a transformers model: parts may have been put in since it was built."""
+        if model in self._called:
+            return
+        outermost = self._outermost[model]() if model in self._outermost else model
+        self.look_at(model if outermost is None else outermost)
+        self._called.update(part for part in model.modules() if isinstance(part, transformers.PreTrainedModel))
+
+    def look_at(self, model: nn.Module) -> None:
+        """Patch the model as it is now, and report it."""
+        with self._lock, _switched_off():
+            report = patch_model(model, **self._options | {"strict": False, "verify": False})
+            for part in model.modules():
+                if isinstance(part, transformers.PreTrainedModel):
+                    self._outermost[part] = weakref.ref(model)
+            if model in self._models:
+                at = self._models[model]
+                self.reports[at] = _merged(self.reports[at], report)
+            else:
+                self._models[model] = len(self.reports)
+                self.reports.append(report)
+
+    def finish(self) -> None:
+        """See to what is asked for when the context ends."""
+        for model in list(self._models):
+            self.look_at(model)
+        if self._options["verify"]:
+            for model in list(self._models):
+                compare_fused(model)
+        if self._options["strict"] and not any(report.fused or report.already_fused for report in self.reports):
+            seen = "\n".join(map(str, self.reports)) or "no transformers model was built"
+            raise ValueError(f"patch_on_load: nothing was fused: {seen}\nPass strict=False to accept that")
+
+
+def _merged(before: PatchReport, now: PatchReport) -> PatchReport:
+    """`now`, in which what the session itself had fused before is still called fused."""
+    fused = {entry.name for entry in before.fused}
+    return PatchReport(
+        [
+            dataclasses.replace(entry, verdict=FUSED)
+            if entry.verdict == ALREADY_FUSED and entry.name in fused
+            else entry
+            for entry in now
+        ]
+    )
+
+
+# Per context: another thread, and another asyncio task, sees None, and then what `run` has set for the whole process.
+_session: ContextVar[Session | None] = ContextVar("hf_swiglu_session", default=None)
+_process_session: Session | None = None
+_is_off: ContextVar[bool] = ContextVar("hf_swiglu_session_is_off", default=False)
+
+_lock = threading.Lock()
+_users = 0
+# What `_install` has replaced: (class, attribute, what stood in the class, None where it stood in a base).
+_replaced: list[tuple[type, str, Any]] = []
+
+
+@contextlib.contextmanager
+def patch_on_load(**options) -> Iterator[list[PatchReport]]:
+    """Fuse every transformers model that is built inside: `from_pretrained`, `from_config` or a constructor.
+
+    Remote code, `device_map`, quantisation and PEFT's `from_pretrained` are included: a model is patched when its
+    constructor returns, before weights are loaded into it, and looked at once more when it is first called and when
+    the context ends. Only this context is affected, not other threads or processes; nested contexts use their own
+    options; nothing stays behind, whatever happens inside. `hf-swiglu run` patches a whole process.
+
+    Args:
+        **options: those of `patch_model`. `strict` and `verify` are seen to when the context ends.
+
+    Yields:
+        The list of reports, one for each model, which fills as models are built.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: nothing is fused by the end (with `strict`), or a swap that a config cannot express.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_swiglu import patch_on_load
+        >>> config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> with patch_on_load() as reports:
+        ...     model = LlamaForCausalLM(config)
+        >>> len(reports[0].fused)
+        2
+    """
+    unknown = options.keys() - _OPTIONS
+    if unknown:
+        raise TypeError(
+            f"patch_on_load: unknown option {', '.join(sorted(unknown))}; the options are {', '.join(_OPTIONS)}"
+        )
+    session = Session(options)
+    with _installed():
+        token = _session.set(session)
+        try:
+            yield session.reports
+            session.finish()
+        finally:
+            _session.reset(token)
+
+
+@contextlib.contextmanager
+def patched_process(options: dict[str, Any]) -> Iterator[Session]:
+    """`patch_on_load` for every thread of this process, without its checks at the end."""
+    global _process_session
+    session, before = Session(options), _process_session
+    with _installed():
+        _process_session = session
+        try:
+            yield session
+        finally:
+            _process_session = before
+
+
+def process_session() -> Session | None:
+    """The session of `patched_process`, if this process is in one."""
+    return _process_session
+
+
+@contextlib.contextmanager
+def _switched_off() -> Iterator[None]:
+    """Inside, models are built as if there were no session: a swap builds one to compare with."""
+    token = _is_off.set(True)
+    try:
+        yield
+    finally:
+        _is_off.reset(token)
+
+
+def _current() -> Session | None:
+    return None if _is_off.get() else _session.get() or _process_session
+
+
+@contextlib.contextmanager
+def _installed() -> Iterator[None]:
+    """Inside, sessions hear of constructors and calls of transformers models."""
+    global _users
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _install()
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                for cls, name, original in reversed(_replaced):
+                    delattr(cls, name) if original is None else setattr(cls, name, original)
+                _replaced.clear()
+
+
+def _install() -> None:
+    """Every class's own `__init__`: only the outermost one returns when the model is complete."""
+    base = transformers.PreTrainedModel
+    call, init_subclass = base.__call__, base.__init_subclass__.__func__  # type: ignore[attr-defined]
+
+    def __call__(self, *args, **kwargs):
+        if not is_dynamo_compiling() and (session := _current()) is not None:
+            session.before_call(self)
+        return call(self, *args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs):
+        init_subclass(cls, **kwargs)
+        _watch_constructor(cls)
+
+    _replace(base, "__call__", functools.wraps(call)(__call__))
+    _replace(base, "__init_subclass__", classmethod(functools.wraps(init_subclass)(__init_subclass__)))
+    pending = [base]
+    while pending:
+        cls = pending.pop()
+        pending += cls.__subclasses__()
+        _watch_constructor(cls)
+
+
+def _watch_constructor(cls: type[nn.Module]) -> None:
+    init = vars(cls).get("__init__")
+    if init is None or any(cls is seen and name == "__init__" for seen, name, _ in _replaced):
+        return
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        session = _current()
+        with contextlib.nullcontext() if session is None else session.construction(self):
+            init(self, *args, **kwargs)
+
+    _replace(cls, "__init__", __init__)
+
+
+def _replace(cls: type, name: str, new: Any) -> None:
+    _replaced.append((cls, name, vars(cls).get(name)))
+    setattr(cls, name, new)

@@ -1,0 +1,220 @@
+"""The gated products that stand in a method's source: an activation's result multiplied by another tensor.
+
+Two forms are told apart. A `Gated` is one expression,
+
+    act(gate) * up        up * act(gate)        torch.mul(act(gate), up)
+
+A `Chain` is a product with what stands around gate and up in the statements before it, such as
+
+    gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+    gate = gate.clamp(max=self.limit)
+    return self.down_proj(self.act_fn(gate) * up)
+
+It is one member of the family in `reference.Gating`, and its packed tensor need not be cut. Each name that it leaves
+out is used by it alone.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hf_swiglu.patching import shapes
+from hf_swiglu.patching.flow import Flow, Place, stored_names
+
+
+@dataclass(frozen=True)
+class Gated:
+    """`activation(gate) * up` at `node`, in either order."""
+
+    node: ast.expr
+    activation: ast.expr
+    gate: ast.expr
+    up: ast.expr
+    up_first: bool
+    # The function that multiplies, where it is not the operator.
+    multiply: ast.expr | None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A product at `place`, with all that is understood around gate and up.
+
+    `steps` are the earlier statements that it makes superfluous, each with what remains of it: a statement that makes
+    the tensor which the step starts from, or None where that tensor has a name.
+    """
+
+    node: ast.expr
+    place: Place
+    # The one of the two is None: swish is called as an activation, or written out with a sigmoid.
+    activation: ast.expr | None
+    sigmoid: ast.expr | None
+    # Expressions of the fields of `reference.Gating` that are not its defaults.
+    limits: dict[str, ast.expr]
+    up_first: bool
+    # Gate and up, or one tensor with both.
+    operands: tuple[ast.expr, ...]
+    layout: str | None
+    # Whether gate, or the packed tensor, has a name that is read here for the last time.
+    is_last_use: bool
+    steps: dict[int, ast.stmt | None]
+
+    @property
+    def first(self) -> int:
+        return min(self.steps, default=self.place.at)
+
+
+def gated_at(node: ast.AST) -> list[Gated]:
+    """How the node may be read as a product: either factor may be the call of the activation."""
+    factors = shapes.factors(node)
+    if factors is None or not isinstance(node, ast.expr):
+        return []
+    first, second, multiply = factors
+    return [
+        Gated(node, gate.func, gate.args[0], up, up_first, multiply)
+        for gate, up, up_first in ((first, second, False), (second, first, True))
+        if shapes.is_plain_call(gate) and isinstance(gate, ast.Call) and not isinstance(up, ast.Constant)
+    ]
+
+
+def chains_at(node: ast.AST, flow: Flow) -> list[Chain]:
+    """How the node may be read as a product with limits, with a swish that is written out, or of a packed tensor."""
+    factors = shapes.factors(node)
+    if factors is None or factors[2] is not None or not isinstance(node, ast.expr) or flow.repeats(node):
+        return []
+    place = flow.place(node)
+    if not isinstance(place.statement, (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)):
+        return []
+    read = [_Reading(flow, node, place).chain(factors[1 - at], factors[at], up_first=at == 0) for at in (1, 0)]
+    return [chain for chain in read if chain is not None]
+
+
+class _Side:
+    """What is left of a factor, the uses of it where it is a name, and the step that it stands in, if any."""
+
+    def __init__(self, expression: ast.expr):
+        self.expression, self.uses = expression, [expression]
+        self.step: int | None = None
+
+    def become(self, expression: ast.expr, uses: list[ast.expr] | None = None) -> None:
+        self.expression, self.uses = expression, uses or [expression]
+
+
+class _Reading:
+    """One attempt to read a product as a chain, peeling off what is understood from either factor."""
+
+    def __init__(self, flow: Flow, node: ast.expr, place: Place):
+        self._flow, self._node, self._place = flow, node, place
+        self._limits: dict[str, ast.expr] = {}
+        self._steps: dict[int, ast.stmt | None] = {}
+
+    def chain(self, gate: ast.expr, up: ast.expr, *, up_first: bool) -> Chain | None:
+        gates, ups = _Side(gate), _Side(up)
+        self._peel(gates, shapes.upper_limit, "act_limit")
+        activation = sigmoid = None
+        swish = self._through(gates, shapes.written_swish)
+        if swish is not None:
+            sigmoid, uses, alpha = swish
+            gates.become(uses[0], uses)
+            if alpha is not None:
+                self._limits["alpha"] = alpha
+        else:
+            call = self._through(gates, lambda expression: expression if shapes.is_plain_call(expression) else None)
+            if call is None:
+                return None
+            activation = call.func
+            gates.become(call.args[0])
+        self._peel(gates, shapes.upper_limit, "gate_limit")
+        self._peel(ups, shapes.offset, "up_offset")
+        self._peel(ups, shapes.symmetric_limit, "up_limit")
+        operands, layout, is_last_use = self._operands(gates, ups)
+        if not (self._limits or self._steps or sigmoid) or not all(map(self._is_settled, self._limits.values())):
+            return None
+        chain = Chain(
+            self._node, self._place, activation, sigmoid, self._limits, up_first, operands, layout, is_last_use,
+            self._steps,
+        )  # fmt: skip
+        # Nothing else may run between the steps: it could write to what they read.
+        together = set(range(chain.first, self._place.at)) == self._steps.keys()
+        return chain if together and all(self._is_bound(operand, chain) for operand in operands) else None
+
+    def _through(self, side: _Side, pattern: Callable[[ast.expr], Any]) -> Any:
+        """What `pattern` makes of the side, or of the expression that its name stands for."""
+        found = pattern(side.expression)
+        if found is not None or not isinstance(side.expression, ast.Name):
+            return found
+        place = self._flow.definition_of(side.uses)
+        if place is None or place.block is not self._place.block or shapes.target_name(place.statement) is None:
+            return None
+        found = pattern(place.statement.value)  # type: ignore[attr-defined]
+        if found is not None:
+            self._steps[place.at] = None
+            side.step = place.at
+        return found
+
+    def _peel(self, side: _Side, pattern: Callable[[ast.expr], tuple[ast.expr, ast.expr] | None], limit: str) -> None:
+        found = self._through(side, pattern)
+        if found is not None:
+            inner, self._limits[limit] = found
+            side.become(inner)
+
+    def _operands(self, gate: _Side, up: _Side) -> tuple[tuple[ast.expr, ...], str | None, bool]:
+        """(operands, layout, whether the first one's name is read for the last time)"""
+        packed = self._packed(gate, up)
+        if packed is None:
+            return (self._leaf(gate), self._leaf(up)), None, self._is_last_use(gate)
+        side, layout = packed
+        return (self._leaf(side),), layout, self._is_last_use(side)
+
+    def _packed(self, gate: _Side, up: _Side) -> tuple[_Side, str] | None:
+        """The packed tensor and its layout, where one statement cuts it into just these two."""
+        if not isinstance(gate.expression, ast.Name) or not isinstance(up.expression, ast.Name):
+            return None
+        places = [self._flow.definition_of(side.uses) for side in (gate, up)]
+        if places[0] is None or places[0] != places[1] or places[0].block is not self._place.block:
+            return None
+        cut = shapes.halves(places[0].statement, gate.expression.id, up.expression.id)
+        if cut is None:
+            return None
+        packed, layout, uses = cut
+        side = _Side(packed)
+        side.become(packed, uses)
+        side.step = places[0].at
+        self._steps[side.step] = None
+        return side, layout
+
+    def _leaf(self, side: _Side) -> ast.expr:
+        """The tensor that a side starts from. What is no name and stands in a step is still made there."""
+        if side.step is None or isinstance(side.expression, ast.Name):
+            return side.expression
+        statement = self._place.block[side.step]
+        name = shapes.target_name(statement) or shapes.first_target(statement)
+        kept = ast.Assign([ast.Name(name, ast.Store())], side.expression)
+        self._steps[side.step] = ast.copy_location(kept, statement)
+        return ast.copy_location(ast.Name(name, ast.Load()), self._node)
+
+    def _is_last_use(self, side: _Side) -> bool:
+        if not isinstance(side.expression, ast.Name):
+            # A step keeps its own name for it, which nothing else reads.
+            return side.step is not None
+        return self._flow.is_sole_use(side.uses)
+
+    def _is_settled(self, limit: ast.expr) -> bool:
+        """Whether a limit has the same value before the steps: a number, or what hangs on the module or a parameter."""
+        root = limit
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        if isinstance(root, ast.Name):
+            return (root.id == self._flow.owner and root is not limit) or self._flow.is_constant(root.id)
+        return isinstance(limit, ast.Constant)
+
+    def _is_bound(self, operand: ast.expr, chain: Chain) -> bool:
+        """Whether a named operand has the same value at the product, where the steps are gone."""
+        if not isinstance(operand, ast.Name):
+            return True
+        made = [step for step in chain.steps.values() if step is not None and operand.id in stored_names(step)]
+        if not any(node is operand for node in ast.walk(self._flow.definition)):
+            return len(made) == 1
+        return not made

@@ -1,0 +1,53 @@
+"""Whether a tensor's memory belongs to one expression alone, proved at the moment it is to be written over.
+
+    (references to the tensor object, users of its storage)
+
+is one known pair while an expression has just made the tensor, and another while one local name holds it. A hook, a
+mode or a wrapper that kept the tensor raises the first number, one that kept a view, `detach()` or an array the second.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import torch
+from torch import Tensor
+
+from hf_swiglu import _compat
+
+
+def counts(tensor: Tensor) -> tuple[int, int]:
+    """The pair, as it is for a caller that was handed `tensor` as an argument."""
+    return sys.getrefcount(tensor), _compat.storage_use_count(tensor)
+
+
+@functools.cache
+def owned_counts(has_name: bool) -> tuple[int, int]:
+    """The pair of a tensor that an expression has just made, or that one local name of the caller holds.
+
+    Measured once, because Python releases differ in what they count.
+    """
+    if has_name:
+        tensor = torch.empty(0)
+        return _handed_on(tensor)
+    return _handed_on(torch.empty(0))
+
+
+def _handed_on(tensor: Tensor) -> tuple[int, int]:
+    return counts(tensor)
+
+
+def may_be_written(tensor: Tensor) -> bool:
+    """Whether writing to `tensor` is what PyTorch would allow here, with every element in a place of its own."""
+    return (
+        not (torch.is_grad_enabled() and tensor.requires_grad)
+        and tensor.is_contiguous()
+        and not _compat.is_any_mode_active()
+    )
+
+
+def mark_written(tensor: Tensor) -> None:
+    """Move the version counter, by which autograd notices a write."""
+    if _compat.increment_version is not None and not tensor.is_inference():
+        _compat.increment_version(tensor)

@@ -1,0 +1,141 @@
+"""Two buffers for backward, not three: the down projection's saved input is computed again from gate and up.
+
+The product saves gate and up. The projection after it would save the product as well; while it runs, autograd is told
+to pack that tensor as "what the product's node computes". Whatever else the projection saves is left alone. That holds
+only if the projection saves the product as it was: see `leaves_its_input_alone`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from hf_swiglu import _compat, autograd
+from hf_swiglu.patching.activations import has_no_hooks
+
+# Where the forwards of projections come from that read their input and write to none of it; their hooks see to weights
+# and devices. Of other code that is not known: it may write through `.data`, which autograd does not notice.
+_TRUSTED = (
+    "torch.nn.", "torch.ao.", "torch.distributed.", "transformers.", "peft.", "accelerate.", "deepspeed.",
+    "bitsandbytes.", "torchao.", "optimum.",
+)  # fmt: skip
+_linear = F.linear
+
+
+def project(down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:
+    """`down(product)`, where the graph keeps no `product` if it can compute it again."""
+    if type(product) is not Tensor or is_dynamo_compiling() or not torch.is_grad_enabled():
+        return down(product)
+    node = product.grad_fn
+    if (
+        node is None
+        or not autograd.can_recompute(node)
+        or product.numel() == 0
+        or not isinstance(down, nn.Module)
+        or not _compat.can_pack_saved_tensors
+        or _compat.is_any_mode_active()
+        or not leaves_its_input_alone(down)
+    ):
+        return down(product)
+    with torch.autograd.graph.saved_tensors_hooks(*_hooks(node, product)):
+        return down(product)
+
+
+def call(down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:
+    """`down(product)`, where the graph keeps what it keeps in eager: in place of `project`."""
+    return down(product)
+
+
+def leaves_its_input_alone(module: nn.Module) -> bool:
+    """Whether all code that a call of the module runs is known not to write to its input."""
+    if _compat.has_global_hook() or F.linear is not _linear or nn.Module.__call__ is not _compat.module_call:
+        return False
+    # Most have no children, and walking through none takes 2 us.
+    return all(map(_is_trusted, module.modules() if module._modules else (module,)))
+
+
+def _is_trusted(module: nn.Module) -> bool:
+    state, cls = vars(module), type(module)
+    if "forward" in state and not _comes_from_trusted(state["forward"]):
+        return False
+    if not _comes_from_trusted(cls.__call__) or not _comes_from_trusted(cls.forward):
+        return False
+    return has_no_hooks(state, _comes_from_trusted)
+
+
+def _comes_from_trusted(code: Any) -> bool:
+    while hasattr(code, "func"):
+        code = code.func
+    code = getattr(code, "__func__", code)
+    # Of a function its globals: `functools.wraps` copies `__module__` to a wrapper from elsewhere.
+    where = code.__globals__.get("__name__", "") if hasattr(code, "__globals__") else getattr(code, "__module__", None)
+    return f"{where}.".startswith(_TRUSTED)
+
+
+def _hooks(node, product: Tensor) -> tuple[Callable, Callable]:
+    address, version, dtype, shape = product.data_ptr(), product._version, product.dtype, product.shape
+    # Only the innermost hooks apply; what is none of ours goes to the next ones, gradient checkpointing's for instance.
+    outer = _compat.saved_tensors_default_hooks()
+
+    def is_product(tensor: Tensor) -> bool:
+        # A version that moved means that the module wrote into the product before it saved it.
+        return tensor.data_ptr() == address and tensor.dtype == dtype and tensor._version == version
+
+    def recomputed(tensor: Tensor) -> _Recomputed:
+        return _Recomputed(autograd.recomputation(node, holds_tensors=outer is None), shape, dtype, tensor)
+
+    def pack(tensor: Tensor):
+        if is_traceable_wrapper_subclass(tensor):
+            # A DTensor of tensor parallelism has the product inside.
+            names, context = tensor.__tensor_flatten__()
+            parts = {name: getattr(tensor, name) for name in names}
+            tensors = [name for name, part in parts.items() if isinstance(part, Tensor)]
+            if len(tensors) == 1 and is_product(parts[tensors[0]]):
+                return _Rewrapped(parts | {tensors[0]: recomputed(parts[tensors[0]])}, tensor, context)
+        elif is_product(tensor):
+            return recomputed(tensor)
+        return tensor if outer is None else outer[0](tensor)
+
+    def unpack(saved):
+        if isinstance(saved, (_Recomputed, _Rewrapped)):
+            return saved.tensor()
+        return saved if outer is None else outer[1](saved)
+
+    return pack, unpack
+
+
+class _Recomputed:
+    """A view of the product, as it can be computed again."""
+
+    def __init__(self, compute: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, tensor: Tensor):
+        self._compute, self._shape, self._dtype = compute, shape, dtype
+        self._size, self._stride = tensor.size(), tensor.stride()
+
+    def tensor(self) -> Tensor:
+        with torch.no_grad():
+            product = self._compute()
+        if product.shape != self._shape or product.dtype != self._dtype:
+            raise RuntimeError(
+                f"hf_swiglu: the product computed again for backward is {tuple(product.shape)} {product.dtype}, and "
+                f"was {tuple(self._shape)} {self._dtype}; a saved-tensor hook has changed gate or up. Patch with "
+                "recompute=False to keep the product instead"
+            )
+        return product.as_strided(self._size, self._stride)
+
+
+class _Rewrapped:
+    """A tensor subclass around a view of the product; `parts` are what `__tensor_flatten__` names."""
+
+    def __init__(self, parts: dict[str, Any], wrapper: Tensor, context: object):
+        self._parts, self._class, self._context = parts, type(wrapper), context
+        self._size, self._stride = wrapper.size(), wrapper.stride()
+
+    def tensor(self) -> Tensor:
+        parts = {name: part.tensor() if isinstance(part, _Recomputed) else part for name, part in self._parts.items()}
+        return self._class.__tensor_unflatten__(parts, self._context, self._size, self._stride)  # type: ignore[attr-defined]
