@@ -6,7 +6,9 @@ PyTorch computes for an unpatched model, so falling back to them never changes a
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -78,6 +80,22 @@ def product_into_gate(gate: Tensor, up: Tensor, gating: Gating = SILU) -> Tensor
     if gating == SWIGLU:
         return gate.mul_(F.silu(gate)).mul_(up)
     return product(gate, up, gating)
+
+
+@functools.cache
+def clamp_passes_at_limit() -> bool:
+    """Whether the gradient of this PyTorch's clamp passes at the limit itself: up to 2.13 it does, in 2.14 it is 0."""
+    passed = []
+
+    def ask() -> None:
+        x = torch.ones(1, requires_grad=True)
+        passed.extend(torch.autograd.grad(x.clamp(max=1.0), x, torch.ones(1))[0].tolist())
+
+    # A thread of its own has no modes, transforms or autocast of the caller's.
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return passed == [1.0]
 
 
 def written_swish(alpha: float) -> Callable[[Tensor], Tensor]:

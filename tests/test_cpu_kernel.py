@@ -106,25 +106,6 @@ def test_gelu_in_place_of_swish_is_noticed(dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("power", (1, 2))
-def test_every_16_bit_number(dtype, power):
-    gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-    ones = torch.ones_like(gate)
-    out = torch.empty_like(gate)
-    cpu.product(gate, ones, out, power)
-    swish = F.silu(gate.float())
-    expected = swish if power == 1 else gate.float() * swish
-    torch.testing.assert_close(out.isnan(), expected.isnan())
-    # One unit in the last place, where float32 arithmetic ends up on the other side of a tie; and sigmoids that
-    # are subnormal in float32 count as zero.
-    unit = torch.finfo(dtype).eps * torch.maximum(expected.abs(), torch.tensor(torch.finfo(dtype).smallest_normal))
-    lost = torch.finfo(torch.float32).smallest_normal * gate.float().abs().clamp(max=89) ** power
-    expected = expected.to(dtype).float()
-    wrong = ((out.float() - expected).abs() > unit + lost) & (out != expected)
-    assert not wrong.any(), (gate[wrong][:5], out[wrong][:5], expected[wrong][:5])
-
-
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_the_gradient_of_every_16_bit_number(dtype):
     """A sigmoid that is not quite 1 would show next to a large gate."""
     gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)

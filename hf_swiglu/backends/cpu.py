@@ -9,6 +9,7 @@ from torch import Tensor, get_num_threads
 
 from hf_swiglu.backends import _cpu_kernels  # type: ignore[attr-defined]
 from hf_swiglu.backends.rows import common_rows
+from hf_swiglu.reference import clamp_passes_at_limit
 
 # The order of the enumeration in csrc/kernels.h.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -16,6 +17,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Columns farther apart than a cache line's worth are copied first, which PyTorch does in blocks: a transposed
 # [1024, 4096] takes 173 ms in strides and 125 ms in copies (float32, one thread of a busy EPYC 7003).
 _LARGEST_COLUMN_STRIDE = 16
+
+_cpu_kernels.set_passes_at_limit(clamp_passes_at_limit())
 
 instruction_set: Callable[[], str] = _cpu_kernels.instruction_set
 

@@ -1,8 +1,8 @@
 """The GPU kernels: one Triton source for CUDA, ROCm and XPU.
 
-An operand is rows of columns, read and written where it lies. One program computes one tile of it, in float32,
-rounding once in the store. Memory sets the pace, so every access is 16 bytes wide where the layout allows it,
-several are in flight at a time, and nothing is read twice.
+An operand is rows of columns, read and written where it lies. One program computes one tile of it, in float32, and
+rounds to a 16-bit dtype wherever PyTorch's own operators do. Memory sets the pace, so every access is 16 bytes wide
+where the layout allows it, several are in flight at a time, and nothing is read twice.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_swiglu.backends.rows import common_rows
-from hf_swiglu.reference import SILU, SWIGLU, Gating
+from hf_swiglu.reference import SILU, SWIGLU, Gating, clamp_passes_at_limit
 
 # 16 elements for each of the 128 threads that Triton gives a program: two 16-byte loads per operand in bfloat16, four
 # in float32. In bfloat16 that takes 32 registers forward and 56 backward (sm_90), so 64 and 36 of a multiprocessor's
 # 64 warps fit, with over 100 KiB of loads under way.
 TILE = tl.constexpr(2048)
 INFINITY = tl.constexpr(math.inf)
+PASSES_AT_LIMIT = tl.constexpr(clamp_passes_at_limit())
 
 
 @triton.jit
@@ -43,23 +44,43 @@ def _tile(rows, columns, tile_columns: tl.constexpr, even: tl.constexpr):
 
 
 @triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """To the dtype and back, to nearest even: PyTorch rounds after each operation."""
+    return x if dtype == tl.float32 else x.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _minimum(value, limit: tl.constexpr):
     """min(value, limit), NaN kept as in torch.clamp."""
     return value if limit == INFINITY else tl.where(value > limit, limit, value)
 
 
 @triton.jit
-def _divide(x, y, exact: tl.constexpr):
-    """x / y. Triton's plain division is up to two units in the last place off, which a float32 result would show."""
-    return tl.div_rn(x, y) if exact else x / y
+def _passes(value, limit: tl.constexpr):
+    """Where torch.clamp(max=limit) passes the gradient: inside, not for NaN, and on the limit if this PyTorch does."""
+    return value <= limit if PASSES_AT_LIMIT else value < limit
 
 
 @triton.jit
-def _clamped_up(up, gating: tl.constexpr):
+def _clamped_up(up, gating: tl.constexpr, dtype: tl.constexpr):
     """clamp(up, -up_limit, up_limit) + up_offset"""
     if gating.up_limit != INFINITY:
         up = tl.where(up < -gating.up_limit, -gating.up_limit, _minimum(up, gating.up_limit))
-    return up + gating.up_offset if gating.up_offset != 0 else up
+    return _rounded(up + gating.up_offset, dtype) if gating.up_offset != 0 else up
+
+
+@triton.jit
+def _swish(g, gating: tl.constexpr, dtype: tl.constexpr):
+    """(g * sigmoid(alpha g), sigmoid(alpha g), exp(-alpha g)); one operator of PyTorch's where alpha is 1, else three.
+
+    Triton's plain division is up to two units in the last place off, which the result would show.
+    """
+    if gating.alpha == 1 or dtype == tl.float32:
+        e = tl.exp(-gating.alpha * g)
+        return _rounded(tl.div_rn(g, 1 + e), dtype), tl.div_rn(1.0, 1 + e), e
+    e = tl.exp(-_rounded(g * gating.alpha, dtype))
+    sigma = _rounded(tl.div_rn(1.0, 1 + e), dtype)
+    return _rounded(g * sigma, dtype), sigma, e
 
 
 @triton.jit
@@ -68,19 +89,34 @@ def _product_rows(
     gating: tl.constexpr, tile_columns: tl.constexpr, even: tl.constexpr,
 ):  # fmt: skip
     """out = a * u of `reference.Gating`; `*_row` and `*_column` are strides."""
+    dtype: tl.constexpr = out.dtype.element_ty
     row, column, mask = _tile(rows, columns, tile_columns, even)
     g = tl.load(gate + row * gate_row + column * gate_column, mask=mask).to(tl.float32)
     if up is not None:
         u = tl.load(up + row * up_row + column * up_column, mask=mask).to(tl.float32)
 
     g = _minimum(g, gating.gate_limit)
-    result = _divide(g, 1 + tl.exp(-gating.alpha * g), out.dtype.element_ty == tl.float32)
+    result, _, _ = _swish(g, gating, dtype)
     if gating.power == 2:
-        result = g * result
+        result = _rounded(g * result, dtype)
     result = _minimum(result, gating.act_limit)
     if up is not None:
-        result *= _clamped_up(u, gating)
+        result *= _clamped_up(u, gating, dtype)
     tl.store(out + row * out_row + column * out_column, result, mask=mask)
+
+
+@triton.jit
+def _swish_gradient(grad, g, swish, sigma, e, sum, gating: tl.constexpr, dtype: tl.constexpr):
+    """`sum` and the gradient of swish, given that of its result, in the order of PyTorch's operators in 16 bits."""
+    if dtype == tl.float32:
+        # 1 - sigma, without the cancellation that is most of PyTorch's own error in float32.
+        complement = tl.where(e > 1, 1 - sigma, e * sigma)
+        return sum + grad * sigma * (1 + gating.alpha * g * complement)
+    if gating.alpha == 1:
+        return _rounded(sum + _rounded(grad * sigma * (1 + g * (1 - sigma)), dtype), dtype)
+    inner = _rounded(_rounded(grad * g, dtype) * (1 - sigma) * sigma, dtype)
+    sum = _rounded(sum + _rounded(grad * sigma, dtype), dtype)
+    return _rounded(sum + _rounded(inner * gating.alpha, dtype), dtype)
 
 
 @triton.jit
@@ -95,6 +131,7 @@ def _backward_rows(
     s = sigmoid(alpha g)    swish = g s    swish' = s (1 + alpha g (1 - s))
     power 1: a = swish, a' = swish'        power 2: a = g swish, a' = swish + g swish'
     """
+    dtype: tl.constexpr = grad_gate.dtype.element_ty
     row, column, mask = _tile(rows, columns, tile_columns, even)
     grad_a = tl.load(grad + row * grad_row + column * grad_column, mask=mask).to(tl.float32)
     unlimited = tl.load(gate + row * gate_row + column * gate_column, mask=mask).to(tl.float32)
@@ -102,28 +139,25 @@ def _backward_rows(
         u = tl.load(up + row * up_row + column * up_column, mask=mask).to(tl.float32)
 
     g = _minimum(unlimited, gating.gate_limit)
-    exact: tl.constexpr = grad_gate.dtype.element_ty == tl.float32
-    e = tl.exp(-gating.alpha * g)
-    sigma = _divide(1.0, 1 + e, exact)
-    swish = tl.div_rn(g, 1 + e) if exact else g * sigma
-    a = g * swish if gating.power == 2 else swish
-    # 1 - sigma, without the cancellation that is most of PyTorch's own error in float32.
-    complement = tl.where(e > 1, 1 - sigma, e * sigma)
-    slope = sigma * (1 + gating.alpha * g * complement)
+    swish, sigma, e = _swish(g, gating, dtype)
+    a = _rounded(g * swish, dtype) if gating.power == 2 else swish
 
-    # A limit lets the gradient pass on or inside it, and stops it for NaN, as torch.clamp does.
     if up is not None:
         grad_u = grad_a * _minimum(a, gating.act_limit)
         if gating.up_limit != INFINITY:
-            grad_u = tl.where(tl.abs(u) <= gating.up_limit, grad_u, 0.0)
+            grad_u = tl.where(_passes(tl.abs(u), gating.up_limit), grad_u, 0.0)
         tl.store(grad_up + row * grad_up_row + column * grad_up_column, grad_u, mask=mask)
-        grad_a *= _clamped_up(u, gating)
+        grad_a = _rounded(grad_a * _clamped_up(u, gating, dtype), dtype)
     if gating.act_limit != INFINITY:
-        grad_a = tl.where(a <= gating.act_limit, grad_a, 0.0)
-    # Summed like PyTorch's two terms, so that infinities and signed zeros come out as there.
-    grad_g = grad_a * swish + grad_a * g * slope if gating.power == 2 else grad_a * slope
+        grad_a = tl.where(_passes(a, gating.act_limit), grad_a, 0.0)
+    # Summed like PyTorch's terms, so that infinities and signed zeros come out as there.
+    if gating.power == 2:
+        sum = _rounded(grad_a * swish, dtype)
+        grad_g = _swish_gradient(_rounded(grad_a * g, dtype), g, swish, sigma, e, sum, gating, dtype)
+    else:
+        grad_g = _swish_gradient(grad_a, g, swish, sigma, e, -0.0, gating, dtype)
     if gating.gate_limit != INFINITY:
-        grad_g = tl.where(unlimited <= gating.gate_limit, grad_g, 0.0)
+        grad_g = tl.where(_passes(unlimited, gating.gate_limit), grad_g, 0.0)
     tl.store(grad_gate + row * grad_gate_row + column * grad_gate_column, grad_g, mask=mask)
 
 
@@ -143,7 +177,7 @@ def _backward_flat(grad, gate, up, grad_gate, grad_up, count, gating: tl.constex
 
 def product(gate: Tensor, up: Tensor | None, out: Tensor, power: int = 1, limits: list[float] | None = None) -> None:
     """Write the product of `reference.Gating` to `out`, which may be `gate` itself."""
-    _run(_product_flat, _product_rows, (gate, up), (out,), _gating(power, limits))
+    _run(_product_flat, _product_rows, (gate, up), (out,), _gating(power, limits, gate.dtype))
 
 
 def product_backward(
@@ -156,13 +190,20 @@ def product_backward(
     limits: list[float] | None = None,
 ) -> None:
     """Write the gradients of `product` to `grad_gate` and `grad_up`, given that of its output."""
-    _run(_backward_flat, _backward_rows, (grad, gate, up), (grad_gate, grad_up), _gating(power, limits))
+    _run(_backward_flat, _backward_rows, (grad, gate, up), (grad_gate, grad_up), _gating(power, limits, gate.dtype))
 
 
-def _gating(power: int, limits: list[float] | None) -> Gating:
+def _gating(power: int, limits: list[float] | None, dtype: torch.dtype) -> Gating:
+    """The limits as PyTorch's clamp compares with them: in the tensors' dtype."""
     if limits is None:
         return SWIGLU if power == 2 else SILU
-    return Gating(power, *limits)
+    gating = Gating(power, *limits)
+    return gating._replace(
+        **{
+            name: torch.tensor(getattr(gating, name), dtype=dtype).item()
+            for name in ("gate_limit", "act_limit", "up_limit")
+        }
+    )
 
 
 def _run(flat_kernel, rows_kernel, inputs: tuple, outputs: tuple, gating: Gating) -> None:

@@ -38,10 +38,10 @@ def _handed_on(tensor: Tensor) -> tuple[int, int]:
     return counts(tensor)
 
 
-def may_be_written(tensor: Tensor) -> bool:
-    """Whether writing to `tensor` is what PyTorch would allow here, with every element in a place of its own."""
+def may_be_written(tensor: Tensor, *others: Tensor) -> bool:
+    """Whether PyTorch would allow a result of these in the memory of `tensor`, each element in a place of its own."""
     return (
-        not (torch.is_grad_enabled() and tensor.requires_grad)
+        not (torch.is_grad_enabled() and any(each.requires_grad for each in (tensor, *others)))
         and tensor.is_contiguous()
         and not _compat.is_any_mode_active()
     )

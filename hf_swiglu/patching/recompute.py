@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
+from torch import Tensor, is_grad_enabled, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_swiglu import _compat, autograd
@@ -30,7 +29,7 @@ _linear = F.linear
 
 def project(down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:
     """`down(product)`, where the graph keeps no `product` if it can compute it again."""
-    if type(product) is not Tensor or is_dynamo_compiling() or not torch.is_grad_enabled():
+    if not is_grad_enabled() or type(product) is not Tensor:
         return down(product)
     node = product.grad_fn
     if (

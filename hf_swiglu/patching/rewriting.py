@@ -17,7 +17,7 @@ import types
 from collections.abc import Sequence
 
 from hf_swiglu.patching import shapes
-from hf_swiglu.patching.flow import Flow
+from hf_swiglu.patching.flow import Flow, same
 from hf_swiglu.patching.matching import Chain, Gated
 from hf_swiglu.patching.methods import Method
 from hf_swiglu.patching.source import NoSource, rebuild, with_closure
@@ -108,10 +108,8 @@ class _Copy:
                 self._chains.setdefault(id(product.place.block), []).append(product)
         consumers = [self._consumer(product.node) for product in chosen]
         self._consumers = {id(call) for call in consumers if call is not None}
-        self._packed_consumers = {
-            id(product.node): call.func
-            for product, call in zip(chosen, consumers)
-            if call is not None and isinstance(product, Chain) and self._is_own_attribute(call.func)
+        self._consumer_paths = {
+            id(product.node): self._own_path(call.func) for product, call in zip(chosen, consumers) if call is not None
         }
         # The call that stands for a chain's product, while its statement is copied.
         self._replaced: dict[int, ast.expr] = {}
@@ -133,12 +131,13 @@ class _Copy:
             return parent
         return None
 
-    def _is_own_attribute(self, node: ast.expr) -> bool:
+    def _own_path(self, node: ast.expr) -> str | None:
+        """ "down_proj" of `self.down_proj`; None for what is not an attribute of the module."""
+        names = []
         while isinstance(node, ast.Attribute):
+            names.append(node.attr)
             node = node.value
-            if isinstance(node, ast.Name):
-                return node.id == self._flow.owner
-        return False
+        return ".".join(reversed(names)) if names and same(node, _load(self._flow.owner)) else None
 
     def _node(self, node: ast.AST) -> ast.AST:
         if id(node) in self._replaced:
@@ -198,8 +197,10 @@ class _Copy:
         operands = [copy.deepcopy(operand) for operand in chain.operands]
         last = ast.Constant(chain.is_last_use)
         if chain.layout is not None:
-            down = copy.deepcopy(self._packed_consumers.get(id(chain.node), ast.Constant(None)))
-            return _call("packed", product, activation, *operands, ast.Constant(chain.layout), last, down)
+            # The consumer is looked up only where it matters: that takes 0.6 us.
+            path = self._consumer_paths.get(id(chain.node))
+            consumer = [_load(self._flow.owner), ast.Constant(path)] if path else []
+            return _call("packed", product, activation, *operands, ast.Constant(chain.layout), last, *consumer)
         names = ["up", "gate"] if chain.up_first else ["gate", "up"]
         named = dict(zip(("gate", "up"), operands))
         return _call("chained", product, activation, last, **{name: named[name] for name in names})

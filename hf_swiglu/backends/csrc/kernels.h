@@ -13,10 +13,12 @@ enum { SILU_TIMES_UP, SWIGLU_TIMES_UP, SWIGLU_ALONE, GENERAL, VARIANTS };
 /* Inputs first: gate, up, out; or grad, gate, up, grad_gate, grad_up. */
 enum { MAX_OPERANDS = 5 };
 
-/* The fields of reference.Gating, in its order. */
+/* The fields of reference.Gating, in its order, with limits in the tensors' dtype; and the largest gate, activation and
+   magnitude of up at which a clamp passes the gradient. */
 typedef struct {
     int power;
     float alpha, gate_limit, act_limit, up_limit, up_offset;
+    float gate_passes, act_passes, up_passes;
 } Gating;
 
 /* Computes `count` adjacent elements. A pointer is NULL where there is no `up`; outputs may be inputs. */

@@ -9,104 +9,175 @@
 
 enum { BLOCK = PAIRS * 2 * LANES, MAX_ELEMENT_SIZE = 4 };
 
+/* To the dtype, to nearest and ties to even, and back: PyTorch rounds after each operation. */
+INLINE vfloat rounded(int dtype, vfloat x)
+{
+    if (dtype == FLOAT32)
+        return x;
+    return dtype == BFLOAT16 ? round_to_bfloat16(x) : round_to_float16(x);
+}
+
 /* e^-x: 2^n times what the polynomial makes of the rest, with n the integer nearest to -x / ln(2). */
 INLINE vfloat exp_minus(int dtype, vfloat x)
 {
-    /* At -88.8 it is an infinity; at 110 it is 0, and so it is at 88 where 2^-127 counts as 0. */
-    if (dtype == FLOAT32 || SCALE_IS_LIMITED)
-        x = v_at_least(v_at_most(x, v_set(SCALE_IS_LIMITED ? 88.0f : 110.0f)), v_set(-88.8f));
+    /* At -88.8 it is an infinity; at 110 it is 0, and so it is at 87 where 2^-127 counts as 0. */
+    if (dtype != BFLOAT16 || SCALE_IS_LIMITED)
+        x = v_at_least(v_at_most(x, v_set(SCALE_IS_LIMITED ? 87.0f : 110.0f)), v_set(-88.8f));
     vfloat exponent = v_mul(x, v_set(-1.44269504f)), n = v_round(exponent), y;
 
-    /* Polynomials of least relative error (Remez). For float32 it is e^-rest, |rest| <= ln(2) / 2, to 7.5e-8, where
-       half an ulp is 6.0e-8. The others are 2^rest, |rest| <= 1/2: 2.6e-6 is 1 % of half an ulp of a float16, and 7.5e-5
-       is 4 % of a bfloat16's. */
-    if (dtype == FLOAT32) {
-        /* ln(2) in two parts, the first of 15 bits, so that its product with n is exact on every processor. */
-        vfloat rest = v_mul_add(n, v_set(0.693145751953125f), x);
-        rest = v_mul_add(n, v_set(1.42860682e-6f), rest);
-        y = v_mul_add(rest, v_set(-8.297655198e-3f), v_set(4.191538198e-2f));
-        y = v_mul_add(rest, y, v_set(-1.666757473e-1f));
-        y = v_mul_add(rest, y, v_set(4.999889485e-1f));
-        y = v_mul_add(rest, y, v_set(-0.999999692f));
-        return v_scale(v_mul_add(rest, y, v_set(1.000000072f)), n);
+    /* Polynomials of least relative error (Remez). */
+    if (dtype == BFLOAT16) {
+        /* 2^rest, |rest| <= 1/2, to 2e-7. With fewer terms the bits of some bfloat16 gates differ from PyTorch's. */
+        vfloat rest = v_sub(exponent, n);
+        y = v_mul_add(rest, v_set(0.001326471355f), v_set(0.009671523272f));
+        y = v_mul_add(rest, y, v_set(0.05550733872f));
+        y = v_mul_add(rest, y, v_set(0.2402224192f));
+        y = v_mul_add(rest, y, v_set(0.6931469775f));
+        return v_scale(v_mul_add(rest, y, v_set(1.0f)), n);
     }
-    vfloat rest = v_sub(exponent, n);
-    if (dtype == FLOAT16) {
-        y = v_mul_add(rest, v_set(9.570101863e-3f), v_set(5.591786034e-2f));
-        y = v_mul_add(rest, y, v_set(0.2402474483f));
-        y = v_mul_add(rest, y, v_set(0.6931218147f));
-        return v_scale(v_mul_add(rest, y, v_set(0.9999992614f)), n);
-    }
-    y = v_mul_add(rest, v_set(5.517167233e-2f), v_set(0.2426111224f));
-    y = v_mul_add(rest, y, v_set(0.6932609847f));
-    return v_scale(v_mul_add(rest, y, v_set(0.9999280736f)), n);
+    /* e^-rest, |rest| <= ln(2) / 2, exact to first order at 0: 3e-9. Gates near 0 need that in float16. ln(2) in two
+       parts, the first of 15 bits, so that its product with n is exact on every processor. */
+    vfloat rest = v_mul_add(n, v_set(0.693145751953125f), x);
+    rest = v_mul_add(n, v_set(1.42860682e-6f), rest);
+    y = v_mul_add(rest, v_set(1.381454003e-3f), v_set(-8.368745113e-3f));
+    y = v_mul_add(rest, y, v_set(4.166839079e-2f));
+    y = v_mul_add(rest, y, v_set(-1.66665204e-1f));
+    y = v_mul_add(rest, y, v_set(4.999999343e-1f));
+    y = v_mul_add(rest, y, v_set(-1.0f));
+    return v_scale(v_mul_add(rest, y, v_set(1.0f)), n);
 }
 
-/* 1 / (1 + e). Exactly 0 where e is infinite: that makes swish(-inf) the NaN it is in PyTorch. */
+/* x * sigmoid(x) where e is e^-x. Exactly 0 times x where e is infinite: that makes swish(-inf) the NaN it is in PyTorch.
+   16-bit results need the quotient itself: a product with the reciprocal is one unit off for 2 gates in float16. */
+INLINE vfloat swish_of_exp(int dtype, vfloat x, vfloat e)
+{
+    vfloat denominator = v_add(e, v_set(1.0f));
+    if (dtype == FLOAT32)
+        return v_mul(x, v_reciprocal(denominator));
+    return rounded(dtype, dtype == BFLOAT16 ? v_mul(x, v_reciprocal(denominator)) : v_div(x, denominator));
+}
+
 INLINE vfloat sigmoid_of_exp(int dtype, vfloat e)
 {
-    vfloat one_plus_exp = v_add(e, v_set(1.0f));
-    if (dtype == FLOAT32)
-        return v_reciprocal(one_plus_exp);
-    return dtype == FLOAT16 ? v_reciprocal_14_bits(one_plus_exp) : v_reciprocal_12_bits(one_plus_exp);
+    vfloat denominator = v_add(e, v_set(1.0f));
+    return dtype == FLOAT16 ? v_div(v_set(1.0f), denominator) : v_reciprocal(denominator);
 }
 
 INLINE vfloat sigmoid(int dtype, vfloat x) { return sigmoid_of_exp(dtype, exp_minus(dtype, x)); }
 
+/* The gate's activation in a member with limits, before act_limit: PyTorch has one operator for swish, and three for
+   g * sigmoid(alpha * g). */
+INLINE vfloat general_swish(int dtype, vfloat gate, const Gating *gating)
+{
+    if (gating->alpha == 1.0f)
+        return swish_of_exp(dtype, gate, exp_minus(dtype, gate));
+    vfloat scaled = rounded(dtype, v_mul(gate, v_set(gating->alpha)));
+    return rounded(dtype, v_mul(gate, rounded(dtype, sigmoid(dtype, scaled))));
+}
+
+INLINE vfloat clamped_up(int dtype, vfloat up, const Gating *gating)
+{
+    up = v_at_least(v_at_most(up, v_set(gating->up_limit)), v_set(-gating->up_limit));
+    /* A sum with 0 would make +0 of -0. */
+    return gating->up_offset == 0.0f ? up : rounded(dtype, v_add(up, v_set(gating->up_offset)));
+}
+
 INLINE vfloat product(int dtype, int variant, vfloat gate, vfloat up, const Gating *gating)
 {
     if (variant != GENERAL) {
-        vfloat swish = v_mul(gate, sigmoid(dtype, gate));
-        if (variant == SILU_TIMES_UP)
-            return v_mul(swish, up);
-        vfloat activated = v_mul(gate, swish);
-        return variant == SWIGLU_ALONE ? activated : v_mul(activated, up);
+        vfloat activated = swish_of_exp(dtype, gate, exp_minus(dtype, gate));
+        if (variant != SILU_TIMES_UP)
+            activated = rounded(dtype, v_mul(gate, activated));
+        return variant == SWIGLU_ALONE ? activated : rounded(dtype, v_mul(activated, up));
     }
     gate = v_at_most(gate, v_set(gating->gate_limit));
-    vfloat activated = v_mul(gate, sigmoid(dtype, v_mul(gate, v_set(gating->alpha))));
+    vfloat activated = general_swish(dtype, gate, gating);
     if (gating->power == 2)
-        activated = v_mul(gate, activated);
+        activated = rounded(dtype, v_mul(gate, activated));
     activated = v_at_most(activated, v_set(gating->act_limit));
-    up = v_at_least(v_at_most(up, v_set(gating->up_limit)), v_set(-gating->up_limit));
-    return v_mul(activated, v_add(up, v_set(gating->up_offset)));
+    return rounded(dtype, v_mul(activated, clamped_up(dtype, up, gating)));
 }
 
 typedef struct { vfloat gate, up; } Gradients;
 
-/* With s = sigmoid(alpha * g):  d(g^p s)/dg = g^(p-1) (p s + alpha g s (1 - s)). */
-typedef struct { vfloat swish, slope; } Activation;
+/* swish, and the gradient of swish given that of its result. With s = sigmoid(alpha * g) that is
+   grad * (s + alpha * g * s * (1 - s)). */
+typedef struct { vfloat swish, sigmoid, complement; } Activation;
 
-INLINE Activation activation(int dtype, int power, vfloat alpha, vfloat gate)
+INLINE Activation activation(int dtype, vfloat alpha, vfloat gate)
 {
-    vfloat e = exp_minus(dtype, v_mul(gate, alpha)), s = sigmoid_of_exp(dtype, e), swish = v_mul(gate, s);
-    vfloat complement = v_sub(v_set(1.0f), s);
-    /* There a large gate would show that s is not quite 1. The product is NaN where e is infinite, and s is 0. */
-    if (dtype != FLOAT32 && !RECIPROCAL_OF_1_IS_1)
-        complement = v_min_not_nan(v_mul(e, s), v_set(1.0f));
-    vfloat rest = v_mul(swish, v_mul(alpha, complement));
-    return (Activation){swish, power == 1 ? v_add(s, rest) : v_mul(gate, v_add(v_add(s, s), rest))};
+    vfloat e = exp_minus(dtype, v_mul(gate, alpha)), s = v_reciprocal(v_add(e, v_set(1.0f)));
+    vfloat swish = dtype == FLOAT32 ? v_mul(gate, s) : swish_of_exp(dtype, gate, e);
+    return (Activation){swish, s, v_sub(v_set(1.0f), s)};
 }
 
-/* Clamps as in PyTorch: the gradient passes inside and on the limit, and is 0 outside and where x is NaN. */
+INLINE vfloat swish_gradient(int dtype, vfloat grad, vfloat alpha, vfloat gate, Activation act)
+{
+    if (dtype == FLOAT32)
+        return v_mul(grad, v_add(act.sigmoid, v_mul(act.swish, v_mul(alpha, act.complement))));
+    /* In the order of PyTorch's silu_backward. */
+    vfloat slope = v_add(v_set(1.0f), v_mul(gate, act.complement));
+    return rounded(dtype, v_mul(v_mul(grad, act.sigmoid), slope));
+}
+
+/* The gradient of g * swish(g) in the order of PyTorch's operators. */
+INLINE vfloat swiglu_gradient(int dtype, vfloat grad, vfloat alpha, vfloat gate, Activation act)
+{
+    if (dtype == FLOAT32) {
+        vfloat rest = v_mul(act.swish, v_mul(alpha, act.complement));
+        return v_mul(grad, v_mul(gate, v_add(v_add(act.sigmoid, act.sigmoid), rest)));
+    }
+    vfloat through_swish = swish_gradient(dtype, rounded(dtype, v_mul(grad, gate)), alpha, gate, act);
+    return rounded(dtype, v_add(rounded(dtype, v_mul(grad, act.swish)), through_swish));
+}
+
+/* The gradient of g * sigmoid(alpha * g) in 16 bits, added to what else gate gets, in the order of PyTorch's operators.
+   Its sigmoid_backward computes in float32 for bfloat16, and in float16 for float16. */
+INLINE vfloat written_gradient(int dtype, vfloat sum, vfloat grad, vfloat gate, vfloat s, const Gating *gating)
+{
+    const int steps = dtype == FLOAT16 ? FLOAT16 : FLOAT32;
+    vfloat inner = rounded(steps, v_mul(rounded(dtype, v_mul(grad, gate)), rounded(steps, v_sub(v_set(1.0f), s))));
+    inner = rounded(dtype, v_mul(inner, s));
+    inner = rounded(dtype, v_mul(inner, v_set(gating->alpha)));
+    sum = rounded(dtype, v_add(sum, rounded(dtype, v_mul(grad, s))));
+    return rounded(dtype, v_add(sum, inner));
+}
+
+/* Clamps as in PyTorch: outside the limit, and where x is NaN, the gradient is 0. */
 INLINE Gradients gradients_general(int dtype, vfloat grad, vfloat gate_in, vfloat up_in, const Gating *gating)
 {
-    vfloat gate = v_at_most(gate_in, v_set(gating->gate_limit));
-    vfloat up = v_at_least(v_at_most(up_in, v_set(gating->up_limit)), v_set(-gating->up_limit));
-    vfloat alpha = v_set(gating->alpha);
-    Activation act = activation(dtype, gating->power, alpha, gate);
-    vfloat activated = gating->power == 2 ? v_mul(gate, act.swish) : act.swish;
-    vfloat act_limit = v_set(gating->act_limit);
+    vfloat gate = v_at_most(gate_in, v_set(gating->gate_limit)), up = clamped_up(dtype, up_in, gating);
+    vfloat alpha = v_set(gating->alpha), act_limit = v_set(gating->act_limit), s = alpha;
+    Activation act;
+    const int is_written = dtype != FLOAT32 && gating->alpha != 1.0f;
+    if (is_written) {
+        s = rounded(dtype, sigmoid(dtype, rounded(dtype, v_mul(gate, alpha))));
+        act.swish = rounded(dtype, v_mul(gate, s));
+    } else {
+        act = activation(dtype, alpha, gate);
+    }
+    vfloat activated = gating->power == 2 ? rounded(dtype, v_mul(gate, act.swish)) : act.swish;
 
-    vfloat grad_activated = v_mul(grad, v_add(up, v_set(gating->up_offset)));
+    vfloat grad_activated = rounded(dtype, v_mul(grad, up));
     if (gating->act_limit < INFINITY)
-        grad_activated = v_keep_if_at_most(grad_activated, activated, act_limit);
-    vfloat grad_gate = v_mul(grad_activated, act.slope);
+        grad_activated = v_keep_if_at_most(grad_activated, activated, v_set(gating->act_passes));
+    vfloat grad_gate;
+    if (is_written && gating->power == 2) {
+        grad_gate = rounded(dtype, v_mul(grad_activated, act.swish));
+        grad_gate = written_gradient(dtype, grad_gate, rounded(dtype, v_mul(grad_activated, gate)), gate, s, gating);
+    } else if (is_written) {
+        grad_gate = written_gradient(dtype, v_set(-0.0f), grad_activated, gate, s, gating);
+    } else if (gating->power == 2) {
+        grad_gate = swiglu_gradient(dtype, grad_activated, alpha, gate, act);
+    } else {
+        grad_gate = swish_gradient(dtype, grad_activated, alpha, gate, act);
+    }
     if (gating->gate_limit < INFINITY)
-        grad_gate = v_keep_if_at_most(grad_gate, gate_in, v_set(gating->gate_limit));
-    vfloat grad_up = v_mul(grad, v_at_most(activated, act_limit));
+        grad_gate = v_keep_if_at_most(grad_gate, gate_in, v_set(gating->gate_passes));
+    vfloat grad_up = rounded(dtype, v_mul(grad, v_at_most(activated, act_limit)));
     if (gating->up_limit < INFINITY) {
-        grad_up = v_keep_if_at_most(grad_up, up_in, v_set(gating->up_limit));
-        grad_up = v_keep_if_at_most(grad_up, v_set(-gating->up_limit), up_in);
+        grad_up = v_keep_if_at_most(grad_up, up_in, v_set(gating->up_passes));
+        grad_up = v_keep_if_at_most(grad_up, v_set(-gating->up_passes), up_in);
     }
     return (Gradients){grad_gate, grad_up};
 }
@@ -115,10 +186,16 @@ INLINE Gradients gradients(int dtype, int variant, vfloat grad, vfloat gate, vfl
 {
     if (variant == GENERAL)
         return gradients_general(dtype, grad, gate, up, gating);
-    Activation act = activation(dtype, variant == SILU_TIMES_UP ? 1 : 2, v_set(1.0f), gate);
-    vfloat activated = variant == SILU_TIMES_UP ? act.swish : v_mul(gate, act.swish);
-    vfloat grad_activated = variant == SWIGLU_ALONE ? grad : v_mul(grad, up);
-    return (Gradients){v_mul(grad_activated, act.slope), v_mul(grad, activated)};
+    const vfloat alpha = v_set(1.0f);
+    Activation act = activation(dtype, alpha, gate);
+    vfloat grad_activated = variant == SWIGLU_ALONE ? grad : rounded(dtype, v_mul(grad, up));
+    if (variant == SILU_TIMES_UP) {
+        vfloat grad_up = rounded(dtype, v_mul(grad, act.swish));
+        return (Gradients){swish_gradient(dtype, grad_activated, alpha, gate, act), grad_up};
+    }
+    vfloat activated = rounded(dtype, v_mul(gate, act.swish));
+    vfloat grad_gate = swiglu_gradient(dtype, grad_activated, alpha, gate, act);
+    return (Gradients){grad_gate, rounded(dtype, v_mul(grad, activated))};
 }
 
 INLINE vpair load(int dtype, const char *p)

@@ -29,6 +29,15 @@ static const InstructionSet *const instruction_sets[] = {
 };
 enum { INSTRUCTION_SETS = sizeof instruction_sets / sizeof instruction_sets[0] };
 
+/* Whether PyTorch's clamp passes the gradient at the limit itself, which depends on its release. */
+static int passes_at_limit = 1;
+
+static PyObject *set_passes_at_limit(PyObject *module, PyObject *value)
+{
+    passes_at_limit = PyObject_IsTrue(value);
+    Py_RETURN_NONE;
+}
+
 static PyObject *instruction_set(PyObject *module, PyObject *unused)
 {
     return PyUnicode_FromString(chosen->name);
@@ -74,6 +83,29 @@ static int read_limits(PyObject *limits, Gating *gating)
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* A number in the tensors' dtype, as a limit is before PyTorch compares with it. */
+static float limit_in(long dtype, float x)
+{
+    if (dtype == FLOAT32 || x == 0.0f || !isfinite(x))
+        return x;
+    const int bits = dtype == BFLOAT16 ? 8 : 11, smallest = dtype == BFLOAT16 ? -126 : -14;
+    const int exponent = ilogbf(x) > smallest ? ilogbf(x) : smallest;
+    const double unit = ldexp(1.0, exponent + 1 - bits), nearest = nearbyint(x / unit) * unit;
+    return (float)(dtype == FLOAT16 && fabs(nearest) > 65504.0 ? copysign(INFINITY, nearest) : nearest);
+}
+
+static void set_limits(Gating *gating, long dtype)
+{
+    float *limits[] = {&gating->gate_limit, &gating->act_limit, &gating->up_limit};
+    float *passes[] = {&gating->gate_passes, &gating->act_passes, &gating->up_passes};
+    /* PyTorch adds a number in the tensors' dtype as well, on the CPU; it multiplies by one in float32. */
+    gating->up_offset = limit_in(dtype, gating->up_offset);
+    for (int i = 0; i < 3; i++) {
+        *limits[i] = limit_in(dtype, *limits[i]);
+        *passes[i] = passes_at_limit ? *limits[i] : nextafterf(*limits[i], -INFINITY);
+    }
+}
+
 static int choose_variant(const Gating *gating, int has_limits, int has_up)
 {
     if (has_limits || (gating->power == 1 && !has_up))
@@ -110,7 +142,8 @@ static Job new_job(int direction)
 static int start(Job *job, int direction, long dtype, PyObject *threads, PyObject *power, PyObject *limits)
 {
     job->threads = (int)PyLong_AsLong(threads);
-    job->gating = (Gating){(int)PyLong_AsLong(power), 1.0f, INFINITY, INFINITY, INFINITY, 0.0f};
+    job->gating = (Gating){.power = (int)PyLong_AsLong(power), .alpha = 1.0f, .gate_limit = INFINITY,
+                           .act_limit = INFINITY, .up_limit = INFINITY};
     if (PyErr_Occurred() || (limits != Py_None && read_limits(limits, &job->gating) < 0))
         return -1;
     if (dtype < 0 || dtype >= DTYPES || job->gating.power < 1 || job->gating.power > 2) {
@@ -124,6 +157,7 @@ static int start(Job *job, int direction, long dtype, PyObject *threads, PyObjec
         job->gating.up_limit = INFINITY;
         job->gating.up_offset = 0.0f;
     }
+    set_limits(&job->gating, dtype);
     job->element_size = element_size((int)dtype);
     job->run = chosen->run[direction][dtype][choose_variant(&job->gating, limits != Py_None, has_up)];
     Py_BEGIN_ALLOW_THREADS
@@ -199,6 +233,7 @@ static PyMethodDef methods[] = {
     {"product_rows", FAST(product_rows), "gate, up, out, by their addresses and strides"},
     {"product_backward_rows", FAST(product_backward_rows), "grad, gate, up, grad_gate, grad_up, likewise"},
     {"use_exchange_table", FAST(use_exchange_table), "How `product` and `product_backward` may read tensors."},
+    {"set_passes_at_limit", set_passes_at_limit, METH_O, "Whether clamps pass the gradient at the limit itself."},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
     {"supported_instruction_sets", supported_instruction_sets, METH_NOARGS, "All that this processor runs."},
     {"use_instruction_set", use_instruction_set, METH_O, "Use another one; for tests."},

@@ -26,27 +26,33 @@ INLINE vfloat v_keep_if_at_most(vfloat value, vfloat x, vfloat limit)
 
 INLINE vfloat v_round(vfloat x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
-/* x * 2^n for n from -127, which counts as 0, to 128, which makes an infinity. The sum leaves n + 127, a float's
+/* x * 2^n as 2 x * 2^(n - 1), for n from -126, where 2^-127 counts as 0, to 128. The sum leaves n + 126, a float's
    exponent, in the lowest bits. */
 enum { SCALE_IS_LIMITED = 1 };
 INLINE vfloat v_scale(vfloat x, vfloat n)
 {
-    __m256i exponent = _mm256_castps_si256(_mm256_add_ps(n, v_set(12582912.0f + 127.0f)));
+    __m256i exponent = _mm256_castps_si256(_mm256_add_ps(n, v_set(12582912.0f + 126.0f)));
+    x = _mm256_add_ps(x, x);
     return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
 
 INLINE vfloat v_reciprocal(vfloat x) { return _mm256_div_ps(v_set(1.0f), x); }
 
-/* Both are 0 where the result would be subnormal. */
-enum { RECIPROCAL_OF_1_IS_1 = 0 };
-INLINE vfloat v_reciprocal_12_bits(vfloat x) { return _mm256_rcp_ps(x); }
+INLINE vfloat v_div(vfloat x, vfloat y) { return _mm256_div_ps(x, y); }
 
-/* By a Newton step. For an infinity its correction is NaN, which the minimum replaces by what changes nothing. */
-INLINE vfloat v_reciprocal_14_bits(vfloat x)
+/* To nearest even: half a unit is added, less one where the last bit that stays is 0. No NaN here has low bits that could
+   carry it away: it comes from a bfloat16, or from the processor. */
+INLINE vfloat round_to_bfloat16(vfloat x)
 {
-    vfloat guess = _mm256_rcp_ps(x), one = v_set(1.0f);
-    vfloat correction = v_min_not_nan(_mm256_fnmadd_ps(x, guess, one), one);
-    return _mm256_fmadd_ps(guess, correction, guess);
+    __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
+    __m256i half = _mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff));
+    half = _mm256_add_epi32(half, _mm256_and_si256(_mm256_srli_epi32(bits, 16), one));
+    return _mm256_castsi256_ps(_mm256_and_si256(half, _mm256_set1_epi32((int)0xffff0000u)));
+}
+
+INLINE vfloat round_to_float16(vfloat x)
+{
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
 INLINE vpair load_float32(const float *p)
@@ -69,18 +75,11 @@ INLINE vpair load_bfloat16(const uint16_t *p)
     return (vpair){_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), _mm256_castsi256_ps(odd)};
 }
 
-/* Rounds to nearest, in place in the upper half; ties go away from zero, which is no less accurate than to even and
-   takes one instruction, not four. No NaN here has low bits that could carry it away: it comes from a bfloat16, or from
-   the processor. */
-INLINE __m256i round_bfloat16(vfloat x)
-{
-    return _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0x8000));
-}
-
+/* Of values that are rounded already. */
 INLINE void store_bfloat16(uint16_t *p, vpair x)
 {
-    __m256i even = _mm256_srli_epi32(round_bfloat16(x.a), 16);
-    _mm256_storeu_si256((__m256i *)p, _mm256_blend_epi16(even, round_bfloat16(x.b), 0xaa));
+    __m256i even = _mm256_srli_epi32(_mm256_castps_si256(x.a), 16);
+    _mm256_storeu_si256((__m256i *)p, _mm256_or_si256(even, _mm256_castps_si256(x.b)));
 }
 
 INLINE vpair load_float16(const uint16_t *p)

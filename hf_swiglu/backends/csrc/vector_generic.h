@@ -33,15 +33,13 @@ INLINE vfloat v_keep_if_at_most(vfloat value, vfloat x, vfloat limit)
 /* To the nearest integer, for |x| < 2^22: the sum has no bits left for a fraction. */
 INLINE vfloat v_round(vfloat x) { return x + 12582912.0f - 12582912.0f; }
 
-/* x * 2^n for n from -127, which counts as 0, to 128, which makes an infinity. The sum leaves n + 127, a float's
+/* x * 2^n as 2 x * 2^(n - 1), for n from -126, where 2^-127 counts as 0, to 128. The sum leaves n + 126, a float's
    exponent, in the lowest bits. */
 enum { SCALE_IS_LIMITED = 1 };
-INLINE vfloat v_scale(vfloat x, vfloat n) { return x * (vfloat)((vuint)(n + (12582912.0f + 127.0f)) << 23); }
+INLINE vfloat v_scale(vfloat x, vfloat n) { return (x + x) * (vfloat)((vuint)(n + (12582912.0f + 126.0f)) << 23); }
 
 INLINE vfloat v_reciprocal(vfloat x) { return 1.0f / x; }
-enum { RECIPROCAL_OF_1_IS_1 = 1 };
-INLINE vfloat v_reciprocal_14_bits(vfloat x) { return 1.0f / x; }
-INLINE vfloat v_reciprocal_12_bits(vfloat x) { return 1.0f / x; }
+INLINE vfloat v_div(vfloat x, vfloat y) { return x / y; }
 
 /* One vector at a time: a whole pair goes through the stack in GCC 12, and 16 products take 44 ns instead of 17 (SSE2 on
    an EPYC 9004). */
@@ -73,13 +71,18 @@ INLINE vpair load_bfloat16(const uint16_t *p)
     return (vpair){(vfloat)(words << 16), (vfloat)(words & 0xffff0000u)};
 }
 
-/* To nearest, ties away from zero. No NaN here has low bits that could carry it away: it comes from a bfloat16, or
-   from the processor. */
-INLINE vuint round_bfloat16(vfloat x) { return (vuint)x + 0x8000u; }
+/* To nearest even: half a unit is added, less one where the last bit that stays is 0. No NaN here has low bits that could
+   carry it away: it comes from a bfloat16, or from the processor. */
+INLINE vfloat round_to_bfloat16(vfloat x)
+{
+    vuint bits = (vuint)x;
+    return (vfloat)((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
+}
 
+/* Of values that are rounded already. */
 INLINE void store_bfloat16(uint16_t *p, vpair x)
 {
-    vuint words = (round_bfloat16(x.a) >> 16) | (round_bfloat16(x.b) & 0xffff0000u);
+    vuint words = ((vuint)x.a >> 16) | (vuint)x.b;
     memcpy(p, &words, sizeof words);
 }
 
@@ -103,6 +106,8 @@ INLINE vuint narrow_float16(vfloat x)
     half = v_select((vint)(magnitude > 255u << 23), (vuint){0} + 0x7e00u, half);
     return half | (((vuint)x >> 16) & 0x8000u);
 }
+
+INLINE vfloat round_to_float16(vfloat x) { return widen_float16(narrow_float16(x)); }
 
 INLINE vpair load_float16(const uint16_t *p)
 {
