@@ -55,7 +55,7 @@ def is_transformed() -> bool:
 
 def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
     saved = _unpack_last(ctx)
-    if _needs_plain_gradients(grad):
+    if _needs_plain_gradients(grad) or not all(_is_plain(tensor, grad) for tensor in saved):
         return _plain_gradients(ctx, saved, grad)
     gate, up = _gate_and_up(ctx, *saved)
     if ctx.layout is not None:
@@ -80,6 +80,11 @@ def _needs_plain_gradients(grad: Tensor) -> bool:
         or torch._C._functorch.is_legacy_batchedtensor(grad)
         or grad.is_neg()
     )
+
+
+def _is_plain(tensor: Tensor | None, grad: Tensor) -> bool:
+    """Whether a kernel may read a saved tensor: a hook may have returned a subclass, or one that lies elsewhere."""
+    return tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == grad.device)
 
 
 def _plain_gradients(node, saved: tuple, grad: Tensor) -> list[Tensor | None]:

@@ -72,10 +72,17 @@ def _run_rows(function: str, inputs: tuple, outputs: tuple, power: int, limits: 
     addresses = []
     for tensor in inputs + outputs:
         strides += (0, 0) if tensor is None else next(cut)[2:]
-        addresses.append(0 if tensor is None else tensor.data_ptr())
+        addresses.append(0 if tensor is None else _address(tensor))
     kernel = getattr(_cpu_kernels, f"{function}_rows")
     code = _DTYPES[tensors[0].dtype]
     kernel(get_num_threads(), power, limits, code, rows[0].rows, rows[0].columns, tuple(strides), *addresses)
+
+
+def _address(tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise RuntimeError(f"hf_swiglu: a tensor of shape {tuple(tensor.shape)} has no memory; was its storage freed?")
+    return address
 
 
 def _run_copies(function: str, inputs: tuple, outputs: tuple, power: int, limits: list[float] | None) -> None:

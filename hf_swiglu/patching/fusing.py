@@ -27,7 +27,7 @@ def gated(gating: Gating, activation: Activation, gate: Tensor, up: Tensor, last
     """`activation(gate) * up`, for an activation that `fusable` has called `gating`."""
     if type(gate) is not Tensor or type(up) is not Tensor:
         return activation(gate) * up
-    if gate.numel() > SMALLEST_REUSED and counts(gate) == owned_counts(last_use) and may_be_written(gate, up):
+    if gate.numel() > SMALLEST_REUSED and may_be_written(gate, up) and counts(gate) == owned_counts(last_use):
         return _over_gate(gate, up, gating)
     product = direct.product(gate, up, gating)
     return functional.gated_product(gate, up, gating) if product is None else product
@@ -40,7 +40,7 @@ def times(
     gating = fusable(activation) if multiply is operator.mul else fusable(activation, multiply)
     if gating is None or type(gate) is not Tensor or type(up) is not Tensor:
         return multiply(up, activation(gate))
-    if gate.numel() > SMALLEST_REUSED and counts(gate) == owned_counts(last_use) and may_be_written(gate, up):
+    if gate.numel() > SMALLEST_REUSED and may_be_written(gate, up) and counts(gate) == owned_counts(last_use):
         return _over_gate(gate, up, gating)
     product = direct.product(gate, up, gating)
     return functional.gated_product(gate, up, gating) if product is None else product
@@ -77,7 +77,7 @@ def chained(gating: Gating, activation: Activation | None, last_use: bool, *, ga
     """The product of a `matching.Chain` with gate and up in two tensors."""
     if type(gate) is not Tensor or type(up) is not Tensor:
         return _plain(gating, activation, gate, up)
-    if gate.numel() > SMALLEST_REUSED and counts(gate) == owned_counts(last_use) and may_be_written(gate, up):
+    if gate.numel() > SMALLEST_REUSED and may_be_written(gate, up) and counts(gate) == owned_counts(last_use):
         return _over_gate(gate, up, gating)
     product = direct.product(gate, up, gating)
     return functional.gated_product(gate, up, gating) if product is None else product
@@ -98,8 +98,8 @@ def packed(
     if (
         module is not None
         and gate_up.numel() > SMALLEST_REUSED
-        and counts(gate_up) == owned_counts(last_use)
         and may_be_written(gate_up)
+        and counts(gate_up) == owned_counts(last_use)
         and _reads_rows_in_place(operator.attrgetter(path)(module))
     ):
         gate, up = LAYOUTS[layout](gate_up)

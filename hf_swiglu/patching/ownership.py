@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_swiglu import _compat
+from hf_swiglu.autograd import is_transformed
 
 
 def counts(tensor: Tensor) -> tuple[int, int]:
@@ -42,6 +43,10 @@ def may_be_written(tensor: Tensor, *others: Tensor) -> bool:
     """Whether PyTorch would allow a result of these in the memory of `tensor`, each element in a place of its own."""
     return (
         not (torch.is_grad_enabled() and any(each.requires_grad for each in (tensor, *others)))
+        # Neither sparse nor wrapped tensors have a storage to ask about.
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not is_transformed()
         and tensor.is_contiguous()
         and not _compat.is_any_mode_active()
     )

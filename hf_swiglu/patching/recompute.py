@@ -61,6 +61,12 @@ def leaves_its_input_alone(module: nn.Module) -> bool:
 
 def _is_trusted(module: nn.Module) -> bool:
     state, cls = vars(module), type(module)
+    # accelerate's wrapper of forward runs a hook, which may be a user's, or several.
+    hook = state.get("_hf_hook")
+    if not all(
+        map(_comes_from_trusted, (type(each) for each in (hook, *getattr(hook, "hooks", ())) if each is not None))
+    ):
+        return False
     if "forward" in state and not _comes_from_trusted(state["forward"]):
         return False
     if not _comes_from_trusted(cls.__call__) or not _comes_from_trusted(cls.forward):

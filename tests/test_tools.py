@@ -1,0 +1,259 @@
+"""Fused models in the hands of other tools: what works on the original works, and gives the same."""
+
+import copy
+import inspect
+import io
+import multiprocessing
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import CountedOperators, GatedMLP, hidden_states
+from torch import nn
+from torch.nn.utils import parametrize, prune
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from hf_swiglu import patch_model, unpatch_model
+from hf_swiglu.patching.classes import FusedModule
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    mlp = GatedMLP().eval()
+    fused = copy.deepcopy(mlp)
+    patch_model(nn.Sequential(fused))
+    return mlp, fused
+
+
+def test_fx_symbolic_trace(pair):
+    graphs = [torch.fx.symbolic_trace(mlp) for mlp in pair]
+    assert str(graphs[0].graph) == str(graphs[1].graph)
+    torch.testing.assert_close(graphs[1](hidden_states()), pair[0](hidden_states()))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_jit_trace(pair, grad):
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(pair[1], hidden_states())
+        torch.testing.assert_close(traced(hidden_states()), pair[0](hidden_states()))
+
+
+def test_jit_script(pair):
+    scripted = torch.jit.script(pair[1])
+    torch.testing.assert_close(scripted(hidden_states()), pair[0](hidden_states()))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(pair, strict):
+    programs = [torch.export.export(mlp, (hidden_states(),), strict=strict) for mlp in pair]
+    operators = [[node.target for node in program.graph.nodes if node.op == "call_function"] for program in programs]
+    assert operators[0] == operators[1]
+    torch.testing.assert_close(programs[1].module()(hidden_states()), pair[0](hidden_states()))
+
+
+def test_signature_source_and_names(pair):
+    mlp, fused = (each.forward for each in pair)
+    assert inspect.signature(fused) == inspect.signature(mlp)
+    assert inspect.getsource(fused) == inspect.getsource(mlp)
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        assert getattr(fused, name) == getattr(mlp, name)
+
+
+def test_vmap_and_functional_call(pair):
+    x = hidden_states()
+    for mlp in pair:
+        vmapped = torch.vmap(mlp)(x)
+        torch.testing.assert_close(vmapped, pair[0](x))
+        parameters = {name: value * 2 for name, value in mlp.named_parameters()}
+        torch.testing.assert_close(
+            torch.func.functional_call(mlp, parameters, (x,)), torch.func.functional_call(pair[0], parameters, (x,))
+        )
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_is_the_originals(pair, protocol):
+    # GatedMLP is told by its module's name here.
+    data = [pickle.dumps(mlp, protocol) for mlp in pair]
+    assert isinstance(pair[1], FusedModule), "the module itself stays fused"
+    loaded = pickle.loads(data[1])
+    assert type(loaded) is GatedMLP
+    torch.testing.assert_close(loaded(hidden_states()), pair[0](hidden_states()))
+    if protocol >= 2:
+        assert b"_reconstructor" not in data[1] and b"hf_swiglu" not in data[1]
+
+
+def test_weights_only_loads_the_file(pair):
+    file = io.BytesIO()
+    torch.save(nn.Sequential(pair[1]), file)
+    file.seek(0)
+    allowed = [GatedMLP, nn.Sequential, nn.Linear, nn.SiLU, set]
+    with torch.serialization.safe_globals(allowed):
+        loaded = torch.load(file, weights_only=True)
+    torch.testing.assert_close(loaded(hidden_states()), pair[0](hidden_states()))
+
+
+class Unpicklable(GatedMLP):
+    def __init__(self):
+        super().__init__()
+        self.hook = lambda: None
+
+
+def test_a_pickle_that_fails_leaves_the_module_fused():
+    model = nn.Sequential(Unpicklable())
+    patch_model(model)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(model)
+    assert isinstance(model[0], FusedModule)
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+def experts_model():
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=64, moe_intermediate_size=256, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=16, vocab_size=64, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("patched", ["before", "between", "after"])
+def test_a_parametrization_comes_and_goes(patched):
+    results, classes = [], []
+    ids = torch.randint(0, 64, (2, 64))
+    for when in ("never", patched):
+        model = experts_model()
+        experts = model.model.layers[0].mlp.experts
+        original = type(experts)
+        if when == "before":
+            patch_model(model)
+        parametrize.register_parametrization(experts, "gate_up_proj", Twice())
+        if when == "between":
+            patch_model(model, verify=True)
+        seen = [model(ids).logits]
+        twin = copy.deepcopy(model)
+        seen.append(twin(ids).logits)
+        if when == "after":
+            patch_model(model)
+            parametrized = type(experts)
+            unpatch_model(model)
+            assert not isinstance(experts, FusedModule) and type(experts) is not parametrized
+            patch_model(model)
+        parametrize.remove_parametrizations(experts, "gate_up_proj")
+        seen.append(model(ids).logits)
+        assert isinstance(experts, FusedModule) == (when != "never")
+        unpatch_model(model)
+        seen.append(model(ids).logits)
+        classes.append(type(experts) is original)
+        results.append(seen)
+    assert classes == [True, True]
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_pruning_of_projections(pair):
+    for mlp in pair:
+        prune.l1_unstructured(mlp.w1, "weight", 0.5)
+        prune.l1_unstructured(mlp.w2, "weight", 0.5)
+    results = [mlp(hidden_states()).square().sum() for mlp in pair]
+    for result in results:
+        result.backward()
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(pair[1].w2.weight_orig.grad, pair[0].w2.weight_orig.grad)
+
+
+class Expert(nn.Module):
+    """As calibration tools split packed experts."""
+
+    def __init__(self, experts, index):
+        super().__init__()
+        self.gate, self.up = (nn.Parameter(part.detach().clone()) for part in experts.gate_up_proj[index].chunk(2, 0))
+        self.down, self.act_fn = nn.Parameter(experts.down_proj[index].detach().clone()), experts.act_fn
+
+    def forward(self, x):
+        return F.linear(self.act_fn(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
+
+
+def test_the_experts_activation_serves_elsewhere():
+    model = experts_model()
+    experts, x = model.model.layers[0].mlp.experts, torch.randn(128, 64)
+    activation, expected = experts.act_fn, Expert(experts, 0)(x)
+    patch_model(model)
+    assert experts.act_fn is activation
+    for expert in (
+        Expert(experts, 0),
+        copy.deepcopy(Expert(experts, 0)),
+        pickle.loads(pickle.dumps(Expert(experts, 0))),
+    ):
+        torch.testing.assert_close(expert(x), expected)
+    torch.testing.assert_close(-experts.act_fn(x)[0], -F.silu(x)[0])
+
+
+def test_a_forward_wrapped_on_the_instance_is_unpatched_with_it(pair):
+    _, fused = pair
+    forward, calls = fused.forward, []
+    fused.forward = lambda *args: calls.append(args) or forward(*args)
+    with CountedOperators() as operators:
+        fused(hidden_states())
+    assert operators.names == ["product"]
+    assert unpatch_model(fused) == 1
+    with CountedOperators() as operators:
+        torch.testing.assert_close(fused(hidden_states()), pair[0](hidden_states()))
+    assert not operators.names and len(calls) == 2
+
+
+def test_threads_use_and_pickle_one_module_at_once(pair):
+    expected, errors = pair[0](hidden_states()), []
+
+    def work():
+        try:
+            for _ in range(20):
+                torch.testing.assert_close(pair[1](hidden_states()), expected)
+                pickle.dumps(pair[1])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and isinstance(pair[1], FusedModule)
+
+
+def in_a_child(model, queue):
+    queue.put((isinstance(model[0], FusedModule), model(hidden_states()).detach().numpy()))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_child_processes(pair, method):
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    torch.set_num_threads(1)
+    child = context.Process(target=in_a_child, args=(nn.Sequential(pair[1]), queue))
+    child.start()
+    fused, output = queue.get(timeout=120)
+    child.join()
+    assert fused == (method == "fork")
+    torch.testing.assert_close(torch.from_numpy(output), pair[0](hidden_states()).detach())
+
+
+def test_registries_of_subclasses_hear_of_none():
+    heard = []
+
+    class Registered(GatedMLP):
+        def __init_subclass__(cls, *, name, **kwargs):
+            super().__init_subclass__(**kwargs)
+            heard.append(name)
+
+    class Mine(Registered, name="mine"):
+        pass
+
+    model = nn.Sequential(Mine())
+    assert len(patch_model(model).fused) == 1
+    assert heard == ["mine"]
