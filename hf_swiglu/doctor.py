@@ -59,7 +59,8 @@ def environment(device: torch.device) -> str:
     """
     kernel = serving_backend(device.type, torch.float32, available_backends())
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
+    # torch's own says which build it is.
+    versions = f"torch {torch.__version__}, transformers {metadata.version('transformers')}"
     return f"hf_swiglu {__version__}, {versions}, {where}: {kernel.detail}"
 
 
@@ -92,7 +93,7 @@ def _versions() -> dict[str, str]:
             found[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             found[library] = "not installed"
-    return found
+    return found | {"torch": torch.__version__}
 
 
 def _machine() -> dict[str, str]:

@@ -255,7 +255,7 @@ def test_at_least_95_percent_of_the_silu_gated_classes_are_fused(taken):
         ("Phi3MLP", "packed", FUSED),
         ("MixtralExperts", "experts", FUSED),
         ("GptOssExperts", "experts", FUSED),
-        ("JetMoeMoE", "untraced", FUSED),
+        ("JetMoeMoE", "packed", FUSED),
         ("GemmaMLP", "separate", OTHER),
         ("T5DenseGatedActDense", "separate", OTHER),
         ("Qwen3NextAttention", "separate", NO_GATE),

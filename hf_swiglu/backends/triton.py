@@ -106,17 +106,23 @@ def _product_rows(
 
 
 @triton.jit
+def _added(sum, x, dtype: tl.constexpr):
+    """`sum + x`, where there is a sum: one with 0 would lose the sign of -0."""
+    return x if sum is None else _rounded(sum + x, dtype)
+
+
+@triton.jit
 def _swish_gradient(grad, g, swish, sigma, e, sum, gating: tl.constexpr, dtype: tl.constexpr):
     """`sum` and the gradient of swish, given that of its result, in the order of PyTorch's operators in 16 bits."""
     if dtype == tl.float32:
         # 1 - sigma, without the cancellation that is most of PyTorch's own error in float32.
         complement = tl.where(e > 1, 1 - sigma, e * sigma)
-        return sum + grad * sigma * (1 + gating.alpha * g * complement)
+        return _added(sum, grad * sigma * (1 + gating.alpha * g * complement), dtype)
     if gating.alpha == 1:
-        return _rounded(sum + _rounded(grad * sigma * (1 + g * (1 - sigma)), dtype), dtype)
+        return _added(sum, _rounded(grad * sigma * (1 + g * (1 - sigma)), dtype), dtype)
     inner = _rounded(_rounded(grad * g, dtype) * (1 - sigma) * sigma, dtype)
-    sum = _rounded(sum + _rounded(grad * sigma, dtype), dtype)
-    return _rounded(sum + _rounded(inner * gating.alpha, dtype), dtype)
+    sum = _added(sum, _rounded(grad * sigma, dtype), dtype)
+    return _added(sum, _rounded(inner * gating.alpha, dtype), dtype)
 
 
 @triton.jit
@@ -155,7 +161,7 @@ def _backward_rows(
         sum = _rounded(grad_a * swish, dtype)
         grad_g = _swish_gradient(_rounded(grad_a * g, dtype), g, swish, sigma, e, sum, gating, dtype)
     else:
-        grad_g = _swish_gradient(grad_a, g, swish, sigma, e, -0.0, gating, dtype)
+        grad_g = _swish_gradient(grad_a, g, swish, sigma, e, None, gating, dtype)
     if gating.gate_limit != INFINITY:
         grad_g = tl.where(_passes(unlimited, gating.gate_limit), grad_g, 0.0)
     tl.store(grad_gate + row * grad_gate_row + column * grad_gate_column, grad_g, mask=mask)

@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from hf_swiglu import direct, functional, reference
@@ -75,7 +76,7 @@ def family(
 
 def chained(gating: Gating, activation: Activation | None, last_use: bool, *, gate: Tensor, up: Tensor) -> Tensor:
     """The product of a `matching.Chain` with gate and up in two tensors."""
-    if type(gate) is not Tensor or type(up) is not Tensor:
+    if type(gate) is not Tensor or type(up) is not Tensor or _rounds_otherwise(gating, activation, gate):
         return _plain(gating, activation, gate, up)
     if gate.numel() > SMALLEST_REUSED and may_be_written(gate, up) and counts(gate) == owned_counts(last_use):
         return _over_gate(gate, up, gating)
@@ -93,7 +94,7 @@ def packed(
     path: str = "",
 ) -> Tensor:
     """The product of a `matching.Chain` with gate and up in one tensor; `module.path`, if known, takes the product."""
-    if type(gate_up) is not Tensor:
+    if type(gate_up) is not Tensor or _rounds_otherwise(gating, activation, gate_up):
         return _plain(gating, activation, *LAYOUTS[layout](gate_up))
     if (
         module is not None
@@ -112,6 +113,11 @@ def _over_gate(gate: Tensor, up: Tensor, gating: Gating) -> Tensor:
     if result is gate:
         mark_written(gate)
     return result
+
+
+def _rounds_otherwise(gating: Gating, activation: Activation | None, gate: Tensor) -> bool:
+    """Whether swish is written out as `g * sigmoid(g)`: in 16 bits two roundings, where the kernels have SiLU's one."""
+    return activation is None and gating.alpha == 1.0 and gate.dtype in (torch.bfloat16, torch.float16)
 
 
 def _plain(gating: Gating, activation: Activation | None, gate: Tensor, up: Tensor) -> Tensor:

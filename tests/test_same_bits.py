@@ -1,0 +1,163 @@
+"""bfloat16 and float16: kernels return the bits of eager PyTorch, for every gate and whatever the layout."""
+
+import math
+
+import pytest
+import torch
+from models import CountedOperators, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
+from torch import nn
+
+from hf_swiglu import backends, patch_model, reference, swiglu, swiglu_packed
+from hf_swiglu.reference import SILU, SWIGLU, Gating
+
+if backends.unavailable("cpu"):
+    pytest.skip(f"no CPU kernel: {backends.unavailable('cpu')}", allow_module_level=True)
+
+from hf_swiglu.backends import _cpu_kernels, cpu
+
+HALVES = (torch.bfloat16, torch.float16)
+# (gating, whether there is an up)
+FORMS = {
+    "silu times up": (SILU, True),
+    "silu": (SILU, False),
+    "swiglu": (SWIGLU, False),
+    "swiglu times up": (SWIGLU, True),
+    "gpt-oss": (Gating(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0), True),
+    "clamped": (Gating(gate_limit=0.3, up_limit=0.7), True),
+    "step-3.7": (Gating(act_limit=0.3, up_limit=0.7), True),
+    "all of it": (Gating(power=2, alpha=1.3, gate_limit=3.3, act_limit=8.0, up_limit=5.0, up_offset=0.1), True),
+}
+
+
+@pytest.fixture(params=_cpu_kernels.supported_instruction_sets())
+def instruction_set(request):
+    before = _cpu_kernels.instruction_set()
+    _cpu_kernels.use_instruction_set(request.param)
+    yield request.param
+    _cpu_kernels.use_instruction_set(before)
+
+
+def every(dtype):
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+
+
+def steps_apart(result, expected):
+    """By how many numbers of the dtype two tensors differ, element by element; NaN equals NaN."""
+
+    def ordered(tensor):
+        bits = tensor.view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF) - 1, bits)
+
+    both = result.isnan() & expected.isnan()
+    assert torch.equal(result.isnan(), expected.isnan())
+    return torch.where(both, 0, (ordered(result) - ordered(expected)).abs())
+
+
+def eager(gate, up, grad, gating):
+    leaves = [gate.clone().requires_grad_(), up if up is None else up.clone().requires_grad_()]
+    product = reference.product(*leaves, gating)
+    product.backward(grad)
+    return product.detach(), *(leaf.grad for leaf in leaves if leaf is not None)
+
+
+def kernel(gate, up, grad, gating):
+    scalars = backends.scalars(gating)
+    outs = [torch.empty_like(gate) for _ in range(2 if up is None else 3)]
+    cpu.product(gate, up, outs[0], *scalars)
+    cpu.product_backward(grad, gate, up, outs[1], None if up is None else outs[2], *scalars)
+    return outs
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_gate(dtype, form, instruction_set):
+    gating, has_up = FORMS[form]
+    generator = torch.Generator().manual_seed(0)
+    gate, pairs, other = every(dtype), 0, 0
+    for scale in (0.01, 1.0, 30.0, None):
+        # Every number is a factor once, the limits themselves among them.
+        up = every(dtype)[torch.randperm(2**16, generator=generator)]
+        if scale is not None:
+            up = (torch.randn(2**16, generator=generator) * scale).to(dtype)
+            up[::7] = torch.tensor(gating.up_limit).to(dtype) if math.isfinite(gating.up_limit) else 1
+        grad = torch.randn(2**16, generator=generator).to(dtype)
+        ours = kernel(gate, up if has_up else None, grad, gating)
+        theirs = eager(gate, up if has_up else None, grad, gating)
+        differences = [steps_apart(mine, plain) for mine, plain in zip(ours, theirs, strict=True)]
+        assert not differences[0].any(), "the product"
+        assert not has_up or not differences[2].any(), "the gradient of up"
+        assert differences[1].max() <= 1, "the gradient of gate"
+        pairs, other = pairs + 2**16, other + int(differences[1].count_nonzero())
+    assert other <= pairs * 1e-4
+
+
+def test_a_single_rounding_would_be_noticed():
+    gate, up = every(torch.bfloat16), every(torch.bfloat16).flip(0)
+    once = (nn.functional.silu(gate.float()) * up.float()).bfloat16()
+    assert steps_apart(once, reference.product(gate, up)).count_nonzero() > 100
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_row_does_not_depend_on_its_neighbours(dtype, instruction_set):
+    generator = torch.Generator().manual_seed(0)
+    gate_up = (torch.randn(600, 2 * 72, generator=generator) * 4).to(dtype)
+    gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
+    expected = reference.product(gate, up)
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for rows in (slice(0, 1), slice(1, 8), slice(0, 200), slice(0, 600)):
+            given = gate[rows], up[rows]
+            results = {
+                "contiguous": swiglu(*given),
+                "packed": swiglu_packed(gate_up[rows]),
+                "halves": swiglu(*gate_up[rows].chunk(2, dim=-1)),
+                "with gradients": swiglu(*(each.clone().requires_grad_() for each in given)),
+                "transposed": swiglu(*(each.t().contiguous().t() for each in given)),
+                "interleaved": swiglu(*(torch.stack([each, each], dim=-1)[..., 0] for each in given)),
+                "columns": torch.cat([swiglu(*(each[:, :5] for each in given)), swiglu(*(e[:, 5:] for e in given))], 1),
+            }
+            for name, result in results.items():
+                assert torch.equal(result, expected[rows]), (name, count, rows)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_phi3])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_patched_model_returns_the_same_bits(build, dtype):
+    model = build().to(dtype)
+    with torch.no_grad():
+        expected, one = model(tokens()).logits, model(tokens()[:, :3]).logits
+    trained = model(tokens()).logits
+    patch_model(model, verify=True)
+    with torch.no_grad(), CountedOperators() as operators:
+        assert torch.equal(model(tokens()).logits, expected) and torch.equal(model(tokens()[:, :3]).logits, one)
+    assert operators.names == ["product"] * 4
+    assert torch.equal(model(tokens()).logits, trained) and torch.equal(trained, expected)
+
+
+def test_scoring_and_training_agree():
+    """Log-probabilities scored without gradients are those of the training forward, whatever the batch."""
+    model = tiny_llama().bfloat16()
+    patch_model(model)
+    for count in (4, 16, 31, 40):
+        ids = tokens()[:1, :count]
+        with torch.no_grad():
+            scored = model(ids).logits.float().log_softmax(-1)
+        assert torch.equal(model(ids).logits.float().log_softmax(-1), scored)
+
+
+class SwishWrittenOut(GatedMLP):
+    def forward(self, x):
+        gate = self.w1(x)
+        glu = gate * torch.sigmoid(gate)
+        return self.w2(self.w3(x) * glu)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_swish_written_out_keeps_its_own_roundings(dtype):
+    module, x = SwishWrittenOut().to(dtype), hidden_states(dtype)
+    with torch.no_grad():
+        expected = module(x)
+        assert len(patch_model(nn.Sequential(module)).fused) == 1
+        assert torch.equal(module(x), expected)
