@@ -19,11 +19,22 @@ from hf_swiglu.running import run
 BASE = transformers.PreTrainedModel
 
 
+def _classes():
+    pending, found = [BASE], {}
+    while pending:
+        cls = pending.pop()
+        pending += cls.__subclasses__()
+        found[cls] = {name: vars(cls).get(name) for name in ("__init__", "__call__", "__init_subclass__", "post_init")}
+    return found
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
-    before = BASE.__init__, BASE.post_init
+    before = _classes()
     yield
-    assert (BASE.__init__, BASE.post_init) == before
+    after = _classes()
+    assert {cls: after[cls] for cls in before if cls in after} == {cls: before[cls] for cls in before if cls in after}
+    assert not any("watch" in repr(value) for members in after.values() for value in members.values())
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +220,133 @@ def test_composite_models_are_reported_once():
     with patch_on_load() as reports:
         model = transformers.LlavaForConditionalGeneration(config)
     assert fused(model) == 2 and len(reports) == 1
+
+
+class Reward(BASE):
+    """A model of the user's own that never calls post_init."""
+
+    config_class, _supports_sdpa = LlamaConfig, True
+
+    def __init__(self, config, head=1):
+        super().__init__(config)
+        self.model, self.head = transformers.LlamaModel(config), nn.Linear(config.hidden_size, head)
+
+    def forward(self, ids):
+        return self.head(self.model(ids)[0])
+
+
+def test_a_model_without_post_init_and_the_next_one_are_fused_at_once():
+    config = LlamaConfig(**SIZES)
+    with patch_on_load() as reports:
+        reward = Reward(config, head=2)
+        assert fused(reward) == 2
+        policy = LlamaForCausalLM(config)
+        assert fused(policy) == 2
+        assert [[entry.name for entry in report] for report in reports] == [
+            ["model.layers.0.mlp", "model.layers.1.mlp"]
+        ] * 2
+    assert sum(len(report.fused) for report in reports) == 4
+
+
+def test_a_post_init_that_comes_early_is_not_the_end():
+    class Early(Reward):
+        def __init__(self, config):
+            super().__init__(config)
+            self.post_init()
+            self.extra = transformers.LlamaModel(config)
+
+    with patch_on_load() as reports:
+        assert fused(Early(LlamaConfig(**SIZES))) == 4
+    assert [len(report.fused) for report in reports] == [4]
+
+
+def test_a_class_that_is_defined_inside_is_seen():
+    with patch_on_load():
+
+        class Late(Reward):
+            def __init__(self, config):
+                super().__init__(config)
+
+        assert fused(Late(LlamaConfig(**SIZES))) == 2
+
+
+@pytest.mark.parametrize("called", ["the model", "its inner model", "nothing"])
+def test_mlps_put_in_after_construction(called):
+    config = LlamaConfig(**SIZES)
+    with patch_on_load() as reports:
+        model = LlamaForCausalLM(config)
+        model.model.layers[0].mlp = type(LlamaForCausalLM(config).model.layers[0].mlp).__bases__[1](config)
+        assert fused(model) == 1
+        if called == "the model":
+            model(tokens())
+        elif called == "its inner model":
+            # As PEFT's wrappers do, which call `forward` themselves.
+            model.forward(tokens())
+        if called != "nothing":
+            assert fused(model) == 2
+    assert fused(model) == 2
+    assert [len(report.fused) for report in reports] == [2, 2]
+
+
+def test_a_model_inside_another_is_counted_once():
+    config = LlamaConfig(**SIZES)
+
+    class Around(BASE):
+        config_class, _supports_sdpa = LlamaConfig, True
+
+        def __init__(self, config, inner):
+            super().__init__(config)
+            self.inner = inner
+
+    with patch_on_load() as reports:
+        outer = Around(config, LlamaForCausalLM(config))
+    assert fused(outer) == 2
+    assert sum(len(report.fused) for report in reports) == 2
+
+
+def test_calls_and_compilation_inside_are_what_they_were():
+    with patch_on_load():
+        model = tiny_llama()
+        expected = model(tokens()).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(tokens()).logits, expected)
+
+
+WITH_CHILDREN = """
+import multiprocessing, sys, threading
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def build(out):
+    model = LlamaForCausalLM(LlamaConfig(**{sizes}))
+    out.put(sum(repr(module).startswith("Fused") for module in model.modules()))
+
+
+def by_index(index, out):
+    build(out)
+
+
+if __name__ == "__main__":
+    out = multiprocessing.get_context("spawn").SimpleQueue()
+    thread = threading.Thread(target=build, args=(out,))
+    thread.start()
+    thread.join()
+    for method in ("fork", "spawn"):
+        child = multiprocessing.get_context(method).Process(target=build, args=(out,))
+        child.start()
+        child.join()
+    torch.multiprocessing.spawn(by_index, (out,), nprocs=1)
+    print([out.get() for _ in range(4)])
+"""
+
+
+def test_the_run_command_carries_into_threads_and_child_processes(tmp_path):
+    script = tmp_path / "parallel.py"
+    script.write_text(WITH_CHILDREN.replace("{sizes}", repr(SIZES)))
+    command = [sys.executable, "-m", "hf_swiglu", "run", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[2, 2, 2, 2]\n"
+    assert done.stderr.count("2 MLPs fused in 1 model\n") == 4 and "hf-swiglu in SpawnProcess" in done.stderr

@@ -8,7 +8,7 @@ from models import CountedOperators, GatedMLP, tiny_gemma, tiny_llama, tiny_phi3
 from tolerance import assert_all_close_to_float64, assert_close_to_float64
 from torch import nn
 
-from hf_swiglu import PatchReport, patch_model, unpatch_model
+from hf_swiglu import PatchReport, patch_model, patch_on_load, unpatch_model
 from hf_swiglu.patching import classes, patch
 from hf_swiglu.patching.classes import FusedModule
 
@@ -81,6 +81,24 @@ def test_patching_twice_changes_nothing_and_says_so(build):
     assert len(report.already_fused) == len(report) == 2
     assert "0 fused, 2 already fused" in str(report)
     assert [type(module) for module in model.modules()] == classes
+
+
+def test_other_options_the_second_time_are_applied():
+    def kept(model):
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.data_ptr()) or t, lambda t: t):
+            model.model.layers[0].mlp(torch.randn(200, 64, requires_grad=True))
+        return len(seen)
+
+    model, fresh = tiny_llama(), tiny_llama()
+    patch_model(fresh, recompute=False)
+    with patch_on_load(strict=False):
+        patch_model(model)
+    before = kept(model)
+    assert [entry.verdict for entry in patch_model(model, recompute=False)] == ["fused"] * 2
+    assert kept(model) == kept(fresh) > before
+    assert [entry.verdict for entry in patch_model(model, recompute=False)] == ["already fused"] * 2
+    assert unpatch_model(model) == 2
 
 
 def _footprint(model):

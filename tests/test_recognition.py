@@ -210,6 +210,41 @@ def test_two_configurations_of_one_class_are_told_apart(cls):
             torch.testing.assert_close(mine(x), theirs(x))
 
 
+class PreciseSiLU(nn.SiLU):
+    def forward(self, x):
+        return super().forward(x.double()).to(x.dtype)
+
+
+class Leaky(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.5 * x)
+
+
+def my_silu(x):
+    return x * torch.sigmoid(x)
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [
+        (PreciseSiLU(), "PreciseSiLU"),
+        (Leaky(), "Leaky"),
+        (my_silu, "my_silu"),
+        (nn.SiLU(inplace=True), "SiLU in place"),
+    ],
+)
+def test_an_activation_of_the_users_own_is_named(activation, name):
+    mlp = GatedMLP()
+    del mlp.act
+    mlp.act = activation
+    before = mlp(hidden_states())
+    (entry,) = patch_model(nn.Sequential(mlp), strict=False)
+    assert entry.verdict == "skipped" and name in entry.reason
+    with pytest.raises(ValueError, match=name):
+        patch_model(nn.Sequential(mlp))
+    torch.testing.assert_close(mlp(hidden_states()), before)
+
+
 def test_126_layers_on_meta_are_read_once_and_fused_without_weights(monkeypatch):
     read = collections.Counter()
     analyse = methods._analyse

@@ -225,3 +225,63 @@ def test_training_mode_frozen_config_and_copies_survive_a_swap():
     assert twin.config.hidden_act == "silu" and model.config.hidden_act == "swiglu"
     assert type(twin.model.layers[0].mlp.act_fn) is SiLUActivation
     assert type(model.model.layers[0].mlp.act_fn) is SwiGLU
+
+
+def test_a_model_whose_layers_were_dropped():
+    model = tiny_llama(num_hidden_layers=4)
+    model.model.layers = model.model.layers[:2]
+    before = _state(model)
+    assert len(patch_model(model, activation="swiglu").fused) == 2
+    assert model.config.hidden_act == "swiglu"
+    unpatch_model(model)
+    assert _state(model) == before
+
+
+class WithArguments(LlamaForCausalLM):
+    def __init__(self, config, scale):
+        super().__init__(config)
+        self.scale = scale
+
+
+def test_a_class_with_constructor_arguments_goes_by_its_config():
+    model = WithArguments(tiny_llama().config, 2.0)
+    assert len(patch_model(model, activation="swiglu").fused) == 2
+    assert model.config.hidden_act == "swiglu"
+    unpatch_model(model)
+    # Nothing in this config says what the gates have.
+    model.config.hidden_act = "gelu"
+    before = _state(model)
+    with pytest.raises(ValueError, match=r"WithArguments cannot be built from its config alone.*only="):
+        patch_model(model, activation="swiglu")
+    assert _state(model) == before
+
+
+def test_an_adapter_of_a_swapped_model_is_warned_of(tmp_path, caplog):
+    tiny_llama().save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    patch_model(model)
+    assert not caplog.records
+    patch_model(model, activation="swiglu")
+    (record,) = caplog.records
+    assert "swiglu" in record.getMessage() and str(tmp_path) in record.getMessage() and "PEFT" in record.getMessage()
+
+
+def test_a_swap_that_fails_goes_back_one_step_and_undo_to_the_beginning(monkeypatch):
+    from hf_swiglu.patching import classes
+
+    model = tiny_llama(hidden_act="gelu")
+    before = _state(model)
+    patch_model(model, activation="silu")
+    once = _state(model)
+
+    def failing(*args):
+        raise KeyError("half-way")
+
+    unpatch = [module for module in model.modules() if isinstance(module, FusedModule)]
+    with monkeypatch.context() as patch:
+        patch.setattr(classes, "is_fused_so", failing)
+        with pytest.raises(KeyError, match="half-way"):
+            patch_model(model, activation="swiglu")
+    assert _state(model) == once and unpatch
+    unpatch_model(model)
+    assert _state(model) == before

@@ -37,14 +37,16 @@ def swapped(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], acti
     if activation not in ACTIVATIONS:
         raise ValueError(f'patch_model: activation must be "swiglu" or "silu"; got {activation!r}')
     done: list[tuple[nn.Module, tuple]] = []
+    names: list[str] = []
     try:
         for name, module, found in surveyed:
             is_gated = found.gating is not None or found.child is not None
             if not is_gated or (found.gating and found.gating.power == ACTIVATIONS[activation]):
                 continue
             done.append((module, _swap(model, name, module, _swappable_child(name, module, found), activation)))
+            names.append(name)
         if done:
-            _check_reload(model, [edited for _, (_, _, edited) in done])
+            _check_reload(model, names, activation)
         yield
     except BaseException:
         for module, step in reversed(done):
@@ -129,7 +131,7 @@ def _same_activation(name: str, activation_type: type) -> bool:
     return cls is activation_type or (cls in GATINGS and GATINGS.get(cls) is GATINGS.get(activation_type))
 
 
-def _check_reload(model: nn.Module, edits: list[list]) -> None:
+def _check_reload(model: nn.Module, names: list[str], activation: str) -> None:
     """Build every transformers model in `model` again from its config, and compare the activations place by place.
 
     Places that only one of the two has are passed over: layers may have been dropped.
@@ -142,7 +144,7 @@ def _check_reload(model: nn.Module, edits: list[list]) -> None:
         twin = _rebuilt(owner)
         if twin is None:
             # With arguments of its own in the constructor: there is only the config to go by.
-            if not all(edits):
+            if not all(_names(_governing_config(model, name), activation) for name in names):
                 raise ValueError(
                     f"patch_model: {type(owner).__name__} cannot be built from its config alone, and that config names "
                     "no activation for some of the MLPs to be swapped. Leave them out with only="
@@ -158,6 +160,12 @@ def _check_reload(model: nn.Module, edits: list[list]) -> None:
                     f"its {name} would be {type(rebuilt).__name__} where the model has {type(present[name]).__name__}. "
                     "Swap all of its MLPs, or none"
                 )
+
+
+def _names(config: object | None, activation: str) -> bool:
+    """Whether an entry of the config names the activation."""
+    entries = vars(config) if config is not None else {}
+    return any(value == activation for key, value in entries.items() if "act" in key)
 
 
 def _rebuilt(owner: transformers.PreTrainedModel) -> nn.Module | None:
