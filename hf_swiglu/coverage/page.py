@@ -27,8 +27,7 @@ Two counts that know nothing of each other are compared. One reads the source of
 class with such a product. The other builds every model type with its default config, but few layers, and looks for
 gated products in the modules. For each class that is fused one small instance is run with random weights before and
 after, and the output and every gradient are compared with float64: the error may be 1.5 times that of PyTorch in
-float32, + 1e-6. Experts are compared under `eager`, `batched_mm` and `grouped_mm`. A product is *untraced* where the
-forward around it branches or loops; it is fused by itself then, and everything around it runs as it is written.
+float32, + 1e-6. Experts are compared under `eager`, `batched_mm` and `grouped_mm`.
 """
 
 

@@ -1,0 +1,98 @@
+"""Compares the CPU kernels with eager PyTorch on all 2^32 pairs of 16-bit numbers, in each instruction set.
+
+    forward     every gate with every up
+    backward    every gate with every gradient of the activation (up is 1): grad_gate, and grad_up with every grad
+
+It prints a row of a Markdown table for each case, and exits with 1 if any bit of a product or of grad_up differs, or if
+grad_gate is ever more than one step of the dtype off. Minutes for each row on two cores: `make test-every-pair`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from hf_swiglu import backends, reference
+from hf_swiglu.backends import _cpu_kernels, cpu
+from hf_swiglu.reference import SILU, SWIGLU, Gating
+
+GATINGS = {
+    "silu(gate) * up": SILU,
+    "gate * silu(gate) * up": SWIGLU,
+    "GPT-OSS": Gating(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0),
+}
+# Gates at a time: 2^20 pairs stay in a cache.
+CHUNK = 16
+
+
+def every(dtype: torch.dtype) -> Tensor:
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+
+
+def differing(result: Tensor, expected: Tensor) -> tuple[int, int]:
+    """(how many elements differ, by how many steps of the dtype at most); NaN equals NaN, whatever its payload."""
+    unequal = result.view(torch.int16) != expected.view(torch.int16)
+    if not unequal.any():
+        return 0, 0
+    result, expected = result[unequal], expected[unequal]
+    both = result.isnan() & expected.isnan()
+    if (result.isnan() != expected.isnan()).any():
+        return int((~both).sum()), 2**16
+    bits = [tensor[~both].view(torch.int16).int() for tensor in (result, expected)]
+    ordered = [torch.where(each < 0, -(each & 0x7FFF) - 1, each) for each in bits]
+    steps = (ordered[0] - ordered[1]).abs()
+    return steps.numel(), int(steps.max()) if steps.numel() else 0
+
+
+def compare(gating: Gating, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+    """For the product and each gradient: (how many of the 2^32 differ, by how many steps at most)."""
+    numbers, scalars = every(dtype), backends.scalars(gating)
+    worst = dict.fromkeys(("product", "grad_gate", "grad_up"), (0, 0))
+    second = numbers.expand(CHUNK, -1).contiguous()
+    ones = torch.ones_like(second)
+    outs = [torch.empty_like(second) for _ in range(3)]
+    for gates in numbers.split(CHUNK):
+        gate = gates[:, None].expand(-1, len(numbers)).contiguous()
+        cpu.product(gate, second, outs[0], *scalars)
+        cpu.product_backward(second, gate, ones, outs[1], outs[2], *scalars)
+        leaves = [gate.requires_grad_(), ones.clone().requires_grad_()]
+        expected = [reference.product(gate.detach(), second, gating)]
+        expected += torch.autograd.grad(reference.product(*leaves, gating), leaves, second)
+        for name, mine, plain in zip(worst, outs, expected):
+            count, steps = differing(mine, plain)
+            worst[name] = worst[name][0] + count, max(worst[name][1], steps)
+    return worst
+
+
+def main() -> int:
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads\n")
+    print("| instruction set | dtype | form | products that differ | grad_up | grad_gate | by at most | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    failed = False
+    for instruction_set in sys.argv[1:] or _cpu_kernels.supported_instruction_sets():
+        _cpu_kernels.use_instruction_set(instruction_set)
+        for dtype in (torch.bfloat16, torch.float16):
+            for name, gating in GATINGS.items():
+                start = time.perf_counter()
+                found = compare(gating, dtype)
+                seconds = time.perf_counter() - start
+                counts = [found[each][0] for each in ("product", "grad_up", "grad_gate")]
+                steps = found["grad_gate"][1]
+                row = [
+                    instruction_set,
+                    str(dtype).removeprefix("torch."),
+                    name,
+                    *counts,
+                    f"{steps} step",
+                    f"{seconds:.0f}",
+                ]
+                print("| " + " | ".join(map(str, row)) + " |", flush=True)
+                failed |= bool(counts[0] or counts[1]) or steps > 1 or counts[2] > 2**32 * 1e-4
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
