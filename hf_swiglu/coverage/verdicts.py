@@ -116,9 +116,9 @@ def _row(entry: ScannedClass, cls: type[nn.Module] | None, zoo: Zoo, found: dict
 
 
 def _verdict(entry: ScannedClass, specimen: Specimen | None, result: Found | None, activation: str) -> tuple[str, str]:
-    if result is not None and result.choices:
-        return _compared(specimen)
     no_gate = why_no_mlp_gate(entry.name, entry.products)
+    if result is not None and result.choices:
+        return _compared(specimen, no_gate)
     if no_gate is not None:
         return NO_GATE, no_gate
     if specimen is None:
@@ -130,11 +130,12 @@ def _verdict(entry: ScannedClass, specimen: Specimen | None, result: Found | Non
     return FAILED, "nothing in it was recognised"
 
 
-def _compared(specimen: Specimen) -> tuple[str, str]:
+def _compared(specimen: Specimen, no_gate: str | None) -> tuple[str, str]:
     try:
         difference = why_different(specimen)
     except NoComparison as reason:
-        difference = str(reason)
+        # A mixer with a small gated MLP inside, for instance, on a path that only a GPU takes.
+        return (FAILED, str(reason)) if no_gate is None else (NO_GATE, no_gate)
     return (FUSED, "") if difference is None else (FAILED, difference)
 
 
