@@ -12,7 +12,7 @@ NEWEST_READY := $(NEWEST)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
 PYTHON_FILES := setup.py hf_swiglu tests examples tools
 
-.PHONY: demo test test-newest test-every-pair test-deepspeed check coverage coverage-oldest bench clean
+.PHONY: demo test test-newest test-every-pair test-every-float test-deepspeed check coverage coverage-oldest bench clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
@@ -26,6 +26,10 @@ test-newest: $(NEWEST_READY)
 # All 2^32 pairs of 16-bit numbers, in every instruction set: an hour or so on two cores.
 test-every-pair: $(READY)
 	$(BIN)/python tools/every_pair.py
+
+# The largest error in float32, over all 2^32 gates.
+test-every-float: $(READY)
+	$(BIN)/python tools/every_float.py
 
 # DeepSpeed compiles itself where it is installed, which takes a compiler for C++.
 test-deepspeed: $(READY)
