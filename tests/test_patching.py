@@ -9,7 +9,7 @@ from tolerance import assert_all_close_to_float64, assert_close_to_float64
 from torch import nn
 
 from hf_swiglu import PatchReport, patch_model, patch_on_load, unpatch_model
-from hf_swiglu.patching import classes, patch
+from hf_swiglu.patching import classes, fusing, patch
 from hf_swiglu.patching.classes import FusedModule
 
 FAMILIES = pytest.mark.parametrize("build", [tiny_llama, tiny_phi3])
@@ -223,6 +223,18 @@ def test_verify_finds_a_wrong_fusion_and_restores(monkeypatch, build):
     with pytest.raises(RuntimeError, match=f"verify=True.*{type(_first_mlp(model)).__name__}"):
         patch_model(model, verify=True)
     assert _footprint(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_verify_demands_equal_bits_in_16_bits(monkeypatch, dtype):
+    model = nn.Sequential(GatedMLP()).to(dtype)
+
+    def rounded_once(gate, up, gating):
+        return (nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+
+    monkeypatch.setattr(fusing.direct, "product", rounded_once)
+    with pytest.raises(RuntimeError, match="verify=True.*GatedMLP.*outputs in torch.*bits are to be equal"):
+        patch_model(model, verify=True)
 
 
 def test_verify_needs_weights():

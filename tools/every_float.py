@@ -1,7 +1,7 @@
 """Measures the largest error of SiLU in float32 over all 2^32 gates: the CPU kernels', and PyTorch's own.
 
-In units in the last place of the exact result, which float64 stands for: about 5 minutes for each instruction set on two
-cores. `make test-every-float`.
+In units in the last place of the exact result, which float64 stands for: about 10 minutes for each instruction set on
+two cores. `make test-every-float`.
 """
 
 from __future__ import annotations

@@ -14,8 +14,11 @@ INLINE vfloat rounded(int dtype, vfloat x)
 {
     if (dtype == FLOAT32)
         return x;
-    return dtype == BFLOAT16 ? round_to_bfloat16(x) : round_to_float16(x);
+    return dtype == BFLOAT16 ? cut_bfloat16(round_bfloat16(x)) : round_to_float16(x);
 }
+
+/* The last rounding of a result. What is stored loses its lower half anyway, and a float16 is rounded on the way. */
+INLINE vfloat rounded_to_store(int dtype, vfloat x) { return dtype == BFLOAT16 ? round_bfloat16(x) : x; }
 
 /* e^-x: 2^n times what the polynomial makes of the rest, with n the integer nearest to -x / ln(2). */
 INLINE vfloat exp_minus(int dtype, vfloat x)
@@ -88,14 +91,14 @@ INLINE vfloat product(int dtype, int variant, vfloat gate, vfloat up, const Gati
         vfloat activated = swish_of_exp(dtype, gate, exp_minus(dtype, gate));
         if (variant != SILU_TIMES_UP)
             activated = rounded(dtype, v_mul(gate, activated));
-        return variant == SWIGLU_ALONE ? activated : rounded(dtype, v_mul(activated, up));
+        return variant == SWIGLU_ALONE ? activated : rounded_to_store(dtype, v_mul(activated, up));
     }
     gate = v_at_most(gate, v_set(gating->gate_limit));
     vfloat activated = general_swish(dtype, gate, gating);
     if (gating->power == 2)
         activated = rounded(dtype, v_mul(gate, activated));
     activated = v_at_most(activated, v_set(gating->act_limit));
-    return rounded(dtype, v_mul(activated, clamped_up(dtype, up, gating)));
+    return rounded_to_store(dtype, v_mul(activated, clamped_up(dtype, up, gating)));
 }
 
 typedef struct { vfloat gate, up; } Gradients;
@@ -190,12 +193,12 @@ INLINE Gradients gradients(int dtype, int variant, vfloat grad, vfloat gate, vfl
     Activation act = activation(dtype, alpha, gate);
     vfloat grad_activated = variant == SWIGLU_ALONE ? grad : rounded(dtype, v_mul(grad, up));
     if (variant == SILU_TIMES_UP) {
-        vfloat grad_up = rounded(dtype, v_mul(grad, act.swish));
+        vfloat grad_up = rounded_to_store(dtype, v_mul(grad, act.swish));
         return (Gradients){swish_gradient(dtype, grad_activated, alpha, gate, act), grad_up};
     }
     vfloat activated = rounded(dtype, v_mul(gate, act.swish));
     vfloat grad_gate = swiglu_gradient(dtype, grad_activated, alpha, gate, act);
-    return (Gradients){grad_gate, rounded(dtype, v_mul(grad, activated))};
+    return (Gradients){grad_gate, rounded_to_store(dtype, v_mul(grad, activated))};
 }
 
 INLINE vpair load(int dtype, const char *p)

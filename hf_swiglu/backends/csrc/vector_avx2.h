@@ -40,15 +40,17 @@ INLINE vfloat v_reciprocal(vfloat x) { return _mm256_div_ps(v_set(1.0f), x); }
 
 INLINE vfloat v_div(vfloat x, vfloat y) { return _mm256_div_ps(x, y); }
 
-/* To nearest even: half a unit is added, less one where the last bit that stays is 0. No NaN here has low bits that could
-   carry it away: it comes from a bfloat16, or from the processor. */
-INLINE vfloat round_to_bfloat16(vfloat x)
+/* To nearest even, in the upper half: half a unit is added, less one where the last bit that stays is 0. No NaN here has
+   low bits that could carry it away: it comes from a bfloat16, or from the processor. */
+INLINE vfloat round_bfloat16(vfloat x)
 {
     __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
     __m256i half = _mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff));
     half = _mm256_add_epi32(half, _mm256_and_si256(_mm256_srli_epi32(bits, 16), one));
-    return _mm256_castsi256_ps(_mm256_and_si256(half, _mm256_set1_epi32((int)0xffff0000u)));
+    return _mm256_castsi256_ps(half);
 }
+
+INLINE vfloat cut_bfloat16(vfloat x) { return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32((int)0xffff0000u))); }
 
 INLINE vfloat round_to_float16(vfloat x)
 {
@@ -75,11 +77,11 @@ INLINE vpair load_bfloat16(const uint16_t *p)
     return (vpair){_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), _mm256_castsi256_ps(odd)};
 }
 
-/* Of values that are rounded already. */
+/* The upper halves of values that are rounded already. */
 INLINE void store_bfloat16(uint16_t *p, vpair x)
 {
     __m256i even = _mm256_srli_epi32(_mm256_castps_si256(x.a), 16);
-    _mm256_storeu_si256((__m256i *)p, _mm256_or_si256(even, _mm256_castps_si256(x.b)));
+    _mm256_storeu_si256((__m256i *)p, _mm256_blend_epi16(even, _mm256_castps_si256(x.b), 0xaa));
 }
 
 INLINE vpair load_float16(const uint16_t *p)

@@ -43,15 +43,16 @@ INLINE vfloat v_reciprocal(vfloat x)
 
 INLINE vfloat v_div(vfloat x, vfloat y) { return _mm512_div_ps(x, y); }
 
-/* To nearest even: half a unit is added, less one where the last bit that stays is 0. No NaN here has low bits that could
-   carry it away: it comes from a bfloat16, or from the processor. */
-INLINE vfloat round_to_bfloat16(vfloat x)
+/* To nearest even, in the upper half: half a unit is added, less one where the last bit that stays is 0. No NaN here has
+   low bits that could carry it away: it comes from a bfloat16, or from the processor. */
+INLINE vfloat round_bfloat16(vfloat x)
 {
     __m512i bits = _mm512_castps_si512(x), below_half = _mm512_set1_epi32(0x7fff);
     __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-    bits = _mm512_add_epi32(bits, _mm512_mask_mov_epi32(below_half, is_odd, _mm512_set1_epi32(0x8000)));
-    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000u)));
+    return _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_mask_mov_epi32(below_half, is_odd, _mm512_set1_epi32(0x8000))));
 }
+
+INLINE vfloat cut_bfloat16(vfloat x) { return _mm512_and_ps(x, _mm512_castsi512_ps(_mm512_set1_epi32((int)0xffff0000u))); }
 
 INLINE vfloat round_to_float16(vfloat x)
 {
@@ -77,11 +78,11 @@ INLINE vpair load_bfloat16(const uint16_t *p)
     return (vpair){_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(odd)};
 }
 
-/* Of values that are rounded already. */
+/* The upper halves of values that are rounded already. */
 INLINE void store_bfloat16(uint16_t *p, vpair x)
 {
     __m512i even = _mm512_srli_epi32(_mm512_castps_si512(x.a), 16);
-    _mm512_storeu_si512(p, _mm512_or_si512(even, _mm512_castps_si512(x.b)));
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, even, _mm512_castps_si512(x.b)));
 }
 
 INLINE vpair load_float16(const uint16_t *p)

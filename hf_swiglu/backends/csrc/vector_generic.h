@@ -71,18 +71,20 @@ INLINE vpair load_bfloat16(const uint16_t *p)
     return (vpair){(vfloat)(words << 16), (vfloat)(words & 0xffff0000u)};
 }
 
-/* To nearest even: half a unit is added, less one where the last bit that stays is 0. No NaN here has low bits that could
-   carry it away: it comes from a bfloat16, or from the processor. */
-INLINE vfloat round_to_bfloat16(vfloat x)
+/* To nearest even, in the upper half: half a unit is added, less one where the last bit that stays is 0. No NaN here has
+   low bits that could carry it away: it comes from a bfloat16, or from the processor. */
+INLINE vfloat round_bfloat16(vfloat x)
 {
     vuint bits = (vuint)x;
-    return (vfloat)((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
+    return (vfloat)(bits + 0x7fffu + (bits >> 16 & 1u));
 }
 
-/* Of values that are rounded already. */
+INLINE vfloat cut_bfloat16(vfloat x) { return (vfloat)((vuint)x & 0xffff0000u); }
+
+/* The upper halves of values that are rounded already. */
 INLINE void store_bfloat16(uint16_t *p, vpair x)
 {
-    vuint words = ((vuint)x.a >> 16) | (vuint)x.b;
+    vuint words = ((vuint)x.a >> 16) | ((vuint)x.b & 0xffff0000u);
     memcpy(p, &words, sizeof words);
 }
 
