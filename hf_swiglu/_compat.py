@@ -62,10 +62,12 @@ def is_any_mode_active() -> bool:
     return not all(type(_function_mode_at(at)) is _device_context for at in range(count))
 
 
-def has_global_hook() -> bool:
-    """Whether hooks are registered for every module."""
-    return True if _global_hooks is None else _global_hooks()
+def _unknown() -> bool:
+    return True
 
+
+# Whether hooks are registered for every module.
+has_global_hook: Callable[[], bool] = _unknown if _global_hooks is None else _global_hooks
 
 # Without these two names the product is kept for backward: see `patching.recompute`.
 can_pack_saved_tensors = _default_hooks is not None and _graph_task is not None

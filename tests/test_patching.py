@@ -229,11 +229,11 @@ def test_verify_finds_a_wrong_fusion_and_restores(monkeypatch, build):
 def test_verify_demands_equal_bits_in_16_bits(monkeypatch, dtype):
     model = nn.Sequential(GatedMLP()).to(dtype)
 
-    def rounded_once(gate, up, gating):
+    def rounded_once(gate, up, gating, out=None):
         return (nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
 
     monkeypatch.setattr(fusing.direct, "product", rounded_once)
-    with pytest.raises(RuntimeError, match="verify=True.*GatedMLP.*outputs in torch.*bits are to be equal"):
+    with pytest.raises(RuntimeError, match=r"verify=True.*GatedMLP.*outputs in torch.*bits are to be equal"):
         patch_model(model, verify=True)
 
 

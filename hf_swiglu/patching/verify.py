@@ -47,7 +47,7 @@ def compare(module: nn.Module, name: str, original: type[nn.Module], fused: type
             if differing:
                 raise RuntimeError(
                     f"verify=True found that fusing {name} ({original.__name__}) changes {differing} of "
-                    f"{expected.numel()} outputs in {expected.dtype}, where the bits are to be equal. Please report this"
+                    f"{expected.numel()} outputs in {expected.dtype}, where bits are to be equal. Please report this"
                 )
         error = (result.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
         if not error <= _TOLERANCE * torch.finfo(expected.dtype).eps:
