@@ -6,39 +6,46 @@ A release that renames one costs a fast path or a feature, never the import.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 
-def _private(owner: object, path: str) -> Any:
-    """The attribute at a dotted path below `owner`, or None."""
+def _private(module: str, path: str) -> Any:
+    """The attribute at a dotted path below a module, or None. The module may not have been imported yet."""
+    try:
+        owner: Any = importlib.import_module(module)
+    except ImportError:
+        return None
     return functools.reduce(lambda found, name: getattr(found, name, None), path.split("."), owner)
 
 
-_storage_use_count: Callable[[int], int] | None = _private(torch, "_C._storage_Use_Count")
-_function_modes: Callable[[], int] | None = _private(torch, "_C._len_torch_function_stack")
-_function_mode_at: Callable[[int], object] | None = _private(torch, "_C._get_function_stack_at")
-_dispatch_modes: Callable[[], int] | None = _private(torch, "_C._len_torch_dispatch_stack")
-_mode_stack: Callable[[], list] | None = _private(torch, "utils._python_dispatch._get_current_dispatch_mode_stack")
-_default_hooks: Callable[[bool], Any] | None = _private(torch, "_C._autograd._top_saved_tensors_default_hooks")
-_graph_task: Callable[[], int] | None = _private(torch, "_C._current_graph_task_id")
-_global_hooks: Callable[[], bool] | None = _private(nn_module, "_has_any_global_hook")
-_device_context: type | None = _private(torch, "utils._device.DeviceContext")
+_storage_use_count: Callable[[int], int] | None = _private("torch", "_C._storage_Use_Count")
+_function_modes: Callable[[], int] | None = _private("torch", "_C._len_torch_function_stack")
+_function_mode_at: Callable[[int], object] | None = _private("torch", "_C._get_function_stack_at")
+_device_context: type | None = _private("torch.utils._device", "DeviceContext")
+_dispatch_modes: Callable[[], int] | None = _private("torch", "_C._len_torch_dispatch_stack")
+_mode_stack: Callable[[], list] | None = _private("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
+_default_hooks: Callable[[bool], Any] | None = _private("torch", "_C._autograd._top_saved_tensors_default_hooks")
+_graph_task: Callable[[], int] | None = _private("torch", "_C._current_graph_task_id")
+_global_hooks: Callable[[], bool] | None = _private("torch.nn.modules.module", "_has_any_global_hook")
 
-increment_version: Callable[[Tensor], None] | None = _private(torch, "autograd.graph.increment_version")
+increment_version: Callable[[Tensor], None] | None = _private("torch.autograd.graph", "increment_version")
 
-# Without it, modules that are called are taken for hooked, and nothing is fused in them.
+# As it is before any tool puts its own in its place: a call of a module runs its hooks and its forward, nothing else.
 module_call: Callable[..., Any] = nn.Module.__call__
 
 
+# Without these two names nothing is written over.
+can_prove_ownership = _storage_use_count is not None and increment_version is not None
+
+
 def storage_use_count(tensor: Tensor) -> int:
-    """How many tensors and storage objects share the memory of `tensor`; -1, which nothing equals, where unknown."""
-    return -1 if _storage_use_count is None else _storage_use_count(tensor.untyped_storage()._cdata)
+    """How many tensors and storage objects share the memory of `tensor`."""
+    assert _storage_use_count is not None
+    return _storage_use_count(tensor.untyped_storage()._cdata)
 
 
 # Dispatch modes of our own that count: they keep and change nothing.
@@ -87,10 +94,6 @@ def graph_task() -> int:
 
 def fusion_registry() -> tuple[dict[str, Any], type] | None:
     """(registry, base class of its entries) of transformers' `fusion_config`; None in releases without one."""
-    try:
-        from transformers import fusion_mapping
-    except ImportError:
-        return None
-    module: ModuleType = fusion_mapping
-    registry, base = _private(module, "_FUSION_REGISTRY"), _private(module, "ModuleFusionSpec")
+    registry = _private("transformers.fusion_mapping", "_FUSION_REGISTRY")
+    base = _private("transformers.fusion_mapping", "ModuleFusionSpec")
     return None if registry is None or base is None else (registry, base)

@@ -42,7 +42,8 @@ def _handed_on(tensor: Tensor) -> tuple[int, int]:
 def may_be_written(tensor: Tensor, *others: Tensor) -> bool:
     """Whether PyTorch would allow a result of these in the memory of `tensor`, each element in a place of its own."""
     return (
-        not (torch.is_grad_enabled() and any(each.requires_grad for each in (tensor, *others)))
+        _compat.can_prove_ownership
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in (tensor, *others)))
         # Neither sparse nor wrapped tensors have a storage to ask about.
         and tensor.layout is torch.strided
         and not tensor.is_nested
@@ -54,5 +55,6 @@ def may_be_written(tensor: Tensor, *others: Tensor) -> bool:
 
 def mark_written(tensor: Tensor) -> None:
     """Move the version counter, by which autograd notices a write."""
-    if _compat.increment_version is not None and not tensor.is_inference():
+    if not tensor.is_inference():
+        assert _compat.increment_version is not None
         _compat.increment_version(tensor)
