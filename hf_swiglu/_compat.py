@@ -23,12 +23,14 @@ def _private(module: str, path: str) -> Any:
 
 
 _storage_use_count: Callable[[int], int] | None = _private("torch", "_C._storage_Use_Count")
+_tensor_use_count: Callable[[Tensor], int] | None = _private("torch", "Tensor._use_count")
 _function_modes: Callable[[], int] | None = _private("torch", "_C._len_torch_function_stack")
 _function_mode_at: Callable[[int], object] | None = _private("torch", "_C._get_function_stack_at")
 _device_context: type | None = _private("torch.utils._device", "DeviceContext")
 _dispatch_modes: Callable[[], int] | None = _private("torch", "_C._len_torch_dispatch_stack")
 _mode_stack: Callable[[], list] | None = _private("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
 _default_hooks: Callable[[bool], Any] | None = _private("torch", "_C._autograd._top_saved_tensors_default_hooks")
+_hooks_enabled: Callable[[], bool] | None = _private("torch", "_C._autograd._saved_tensors_hooks_is_enabled")
 _graph_task: Callable[[], int] | None = _private("torch", "_C._current_graph_task_id")
 _global_hooks: Callable[[], bool] | None = _private("torch.nn.modules.module", "_has_any_global_hook")
 
@@ -38,14 +40,14 @@ increment_version: Callable[[Tensor], None] | None = _private("torch.autograd.gr
 module_call: Callable[..., Any] = nn.Module.__call__
 
 
-# Without these two names nothing is written over.
-can_prove_ownership = _storage_use_count is not None and increment_version is not None
+# Without these three names nothing is written over.
+can_prove_ownership = None not in (_storage_use_count, _tensor_use_count, increment_version)
 
 
-def storage_use_count(tensor: Tensor) -> int:
-    """How many tensors and storage objects share the memory of `tensor`."""
-    assert _storage_use_count is not None
-    return _storage_use_count(tensor.untyped_storage()._cdata)
+def use_counts(tensor: Tensor) -> tuple[int, int]:
+    """(users of the tensor's storage, users of the tensor itself outside Python among them)"""
+    assert _storage_use_count is not None and _tensor_use_count is not None
+    return _storage_use_count(tensor.untyped_storage()._cdata), _tensor_use_count(tensor)
 
 
 # Dispatch modes of our own that count: they keep and change nothing.
@@ -76,8 +78,10 @@ def _unknown() -> bool:
 # Whether hooks are registered for every module.
 has_global_hook: Callable[[], bool] = _unknown if _global_hooks is None else _global_hooks
 
-# Without these two names the product is kept for backward: see `patching.recompute`.
-can_pack_saved_tensors = _default_hooks is not None and _graph_task is not None
+
+def can_pack_saved_tensors() -> bool:
+    """Whether saved-tensor hooks may be used here; without them the product is kept: see `patching.recompute`."""
+    return not (_default_hooks is None or _graph_task is None or _hooks_enabled is None) and _hooks_enabled()
 
 
 def saved_tensors_default_hooks() -> tuple[Callable, Callable] | None:

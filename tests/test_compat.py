@@ -7,12 +7,14 @@ import pytest
 
 NAMES = [
     "torch._C._storage_Use_Count",
+    "torch.Tensor._use_count",
     "torch._C._len_torch_function_stack",
     "torch._C._get_function_stack_at",
     "torch.utils._device.DeviceContext",
     "torch._C._len_torch_dispatch_stack",
     "torch.utils._python_dispatch._get_current_dispatch_mode_stack",
     "torch._C._autograd._top_saved_tensors_default_hooks",
+    "torch._C._autograd._saved_tensors_hooks_is_enabled",
     "torch._C._current_graph_task_id",
     "torch.nn.modules.module._has_any_global_hook",
     "torch.autograd.graph.increment_version",

@@ -95,6 +95,53 @@ def test_weights_only_loads_the_file(pair):
     torch.testing.assert_close(loaded(hidden_states()), pair[0](hidden_states()))
 
 
+class Rebuilt(GatedMLP):
+    """With ways of its own to be copied and pickled."""
+
+    def __reduce__(self):
+        return type(self), (), {"told": "reduced"}
+
+    def __setstate__(self, state):
+        self.told = state["told"]
+
+    def __deepcopy__(self, memo):
+        twin = type(self)()
+        twin.told = "copied"
+        return twin
+
+    __copy__ = lambda self: self  # noqa: E731
+
+
+def test_copies_and_pickles_of_the_classs_own():
+    model = nn.Sequential(Rebuilt())
+    patch_model(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert type(loaded[0]) is Rebuilt and loaded[0].told == "reduced"
+    assert copy.deepcopy(model)[0].told == "copied" and copy.copy(model[0]) is model[0]
+    assert isinstance(model[0], FusedModule)
+
+
+def test_a_method_replaced_on_the_class_of_a_fused_module(pair):
+    _, fused = pair
+    cls, forward = type(fused), type(fused).forward
+    cls.forward = lambda self, x: forward(self, x) * 2
+    try:
+        torch.testing.assert_close(fused(hidden_states()), pair[0](hidden_states()) * 2)
+        other = nn.Sequential(GatedMLP())
+        patch_model(other)
+        torch.testing.assert_close(other[0](hidden_states()), GatedMLP.forward(other[0], hidden_states()))
+    finally:
+        cls.forward = forward
+
+
+def test_where_saved_tensor_hooks_are_disabled(pair):
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        results = [mlp(hidden_states().requires_grad_()).sum() for mlp in pair]
+    for result in results:
+        result.backward()
+    torch.testing.assert_close(pair[1].w2.weight.grad, pair[0].w2.weight.grad)
+
+
 class Unpicklable(GatedMLP):
     def __init__(self):
         super().__init__()

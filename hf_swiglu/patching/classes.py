@@ -41,11 +41,15 @@ class FusedModule(nn.Module):
         pass
 
     def __copy__(self):
+        if hasattr(super(), "__copy__"):
+            return super().__copy__()
         twin = object.__new__(type(self))
         vars(twin).update(vars(self))
         return twin
 
     def __deepcopy__(self, memo):
+        if hasattr(super(), "__deepcopy__"):
+            return super().__deepcopy__(memo)
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         vars(twin).update(copy.deepcopy(vars(self), memo))
@@ -54,11 +58,16 @@ class FusedModule(nn.Module):
     def __reduce_ex__(self, protocol):
         # A pickle may name no other class than the object's own at this moment, so it has the original one until the
         # pickler has asked for the items of the list that it is not. Loading needs nothing but that class then.
-        _, _, *state = super().__reduce_ex__(protocol)
+        function, arguments, *state = super().__reduce_ex__(protocol)
+        original = original_class(type(self))
+        if function not in (copyreg.__newobj__, copyreg._reconstructor):  # type: ignore[attr-defined]
+            # A `__reduce__` of the class's own.
+            named = [original if each is type(self) else each for each in (function, *arguments)]
+            return named[0], tuple(named[1:]), *state
         restore = _Restore(self)
         if protocol < 2:
-            return copyreg._reconstructor, (original_class(restore.fused), object, None), *state  # type: ignore[attr-defined]
-        return copyreg.__newobj__, (original_class(restore.fused),), state[0], restore  # type: ignore[attr-defined]
+            return copyreg._reconstructor, (original, object, None), *state  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (original,), state[0], restore  # type: ignore[attr-defined]
 
     def _get_name(self):
         # Only what `print(model)` shows; the class itself keeps the original's name.
@@ -95,7 +104,7 @@ def fused_class(original: type[nn.Module], choices: Sequence[Choice], recomputes
         NoSource: a method, or its decorator, cannot be rewritten.
     """
     key = (original, recomputes, *(choice.key for choice in choices))
-    if key not in _fused_classes:
+    if key not in _fused_classes or not _is_as_made(_fused_classes[key]):
         runtime = _runtime(recomputes)
         methods: dict[str, object] = {}
         layers: dict[type, dict[str, object]] = {}
@@ -109,12 +118,18 @@ def fused_class(original: type[nn.Module], choices: Sequence[Choice], recomputes
         between = [_subclass(owner, (owner,), layers[owner]) for owner in original.__mro__ if owner in layers]
         members = {
             **methods,
+            "_swiglu_methods": methods,
             "_swiglu_original": original,
             "_swiglu_choices": tuple(choices),
             "_swiglu_recomputes": recomputes,
         }
         _fused_classes[key] = _subclass(original, (FusedModule, original, *between), members)
     return _fused_classes[key]
+
+
+def _is_as_made(cls: type[nn.Module]) -> bool:
+    """Whether the class still has its rewritten methods: tools replace methods of `type(module)`."""
+    return all(vars(cls).get(name) is method for name, method in cls._swiglu_methods.items())
 
 
 def original_class(cls: type[nn.Module]) -> type[nn.Module]:

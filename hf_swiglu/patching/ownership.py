@@ -1,9 +1,10 @@
 """Whether a tensor's memory belongs to one expression alone, proved at the moment it is to be written over.
 
-    (references to the tensor object, users of its storage)
+    (references to the tensor object, users of its storage, users of the tensor in C++)
 
-is one known pair while an expression has just made the tensor, and another while one local name holds it. A hook, a
-mode or a wrapper that kept the tensor raises the first number, one that kept a view, `detach()` or an array the second.
+are three known numbers while an expression has just made the tensor, and others while one local name holds it. A hook,
+a mode or a wrapper that kept the tensor raises the first number, one that kept a view, `detach()` or an array the
+second, and code in C++ that kept the tensor the third.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from hf_swiglu import _compat
 from hf_swiglu.autograd import is_transformed
 
 
-def counts(tensor: Tensor) -> tuple[int, int]:
-    """The pair, as it is for a caller that was handed `tensor` as an argument."""
-    return sys.getrefcount(tensor), _compat.storage_use_count(tensor)
+def counts(tensor: Tensor) -> tuple[int, int, int]:
+    """The numbers, as they are for a caller that was handed `tensor` as an argument."""
+    return sys.getrefcount(tensor), *_compat.use_counts(tensor)
 
 
 @functools.cache
-def owned_counts(has_name: bool) -> tuple[int, int]:
-    """The pair of a tensor that an expression has just made, or that one local name of the caller holds.
+def owned_counts(has_name: bool) -> tuple[int, int, int]:
+    """The numbers of a tensor that an expression has just made, or that one local name of the caller holds.
 
     Measured once, because Python releases differ in what they count.
     """
@@ -35,7 +36,7 @@ def owned_counts(has_name: bool) -> tuple[int, int]:
     return _handed_on(torch.empty(0))
 
 
-def _handed_on(tensor: Tensor) -> tuple[int, int]:
+def _handed_on(tensor: Tensor) -> tuple[int, int, int]:
     return counts(tensor)
 
 

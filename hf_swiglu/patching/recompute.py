@@ -37,7 +37,7 @@ def project(down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:
         or not autograd.can_recompute(node)
         or product.numel() == 0
         or not isinstance(down, nn.Module)
-        or not _compat.can_pack_saved_tensors
+        or not _compat.can_pack_saved_tensors()
         or _compat.is_any_mode_active()
         or not leaves_its_input_alone(down)
     ):
