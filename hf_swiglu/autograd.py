@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 
 import torch
@@ -30,7 +32,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return *_gradients(ctx, grad), None
+        return *_untraced(_gradients, ctx, grad), None
 
 
 class PackedProduct(torch.autograd.Function):
@@ -45,7 +47,7 @@ class PackedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return *_gradients(ctx, grad), None, None
+        return *_untraced(_gradients, ctx, grad), None, None
 
 
 def is_transformed() -> bool:
@@ -55,7 +57,7 @@ def is_transformed() -> bool:
 
 def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
     saved = _unpack_last(ctx)
-    if _needs_plain_gradients(grad) or not all(_is_plain(tensor, grad) for tensor in saved):
+    if _needs_plain_gradients(grad, saved) or not all(_is_plain(tensor, grad) for tensor in saved):
         return _plain_gradients(ctx, saved, grad)
     gate, up = _gate_and_up(ctx, *saved)
     if ctx.layout is not None:
@@ -68,14 +70,26 @@ def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
     return [grad_gate, grad_up]
 
 
-# Compiled autograd traces what backward runs, and stops here. `torch.compiler.disable` would import the compiler.
-_gradients._torchdynamo_disable = True  # type: ignore[attr-defined]
+_without_compiler = functools.cache(lambda function: torch.compiler.disable(function))
 
 
-def _needs_plain_gradients(grad: Tensor) -> bool:
+def _untraced(function: Callable, *args):
+    """`function(*args)`, which compiled autograd is not to trace: what it asks has other answers under a tracer.
+
+    `torch.compiler.disable` imports the compiler, so it waits until something else has.
+    """
+    return (_without_compiler(function) if "torch._dynamo" in sys.modules else function)(*args)
+
+
+_untraced._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _needs_plain_gradients(grad: Tensor, saved: tuple) -> bool:
     """Whether gradients of gradients are asked for, or a batch of them at once, or grad is not what its memory says."""
+    tensors = (grad, *(tensor for tensor in saved if tensor is not None))
     return (
-        torch.is_grad_enabled()
+        # Compiled autograd leaves gradients enabled, for tensors that require none.
+        (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         or is_transformed()
         or torch._C._functorch.is_legacy_batchedtensor(grad)
         or grad.is_neg()
@@ -95,6 +109,9 @@ def _plain_gradients(node, saved: tuple, grad: Tensor) -> list[Tensor | None]:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         views: list = [None if tensor is None else tensor.view_as(tensor) for tensor in saved]
+        for view in views:
+            if view is not None and not view.requires_grad:
+                view.requires_grad_()
         product = reference.product(*_gate_and_up(node, *views), node.gating)
     wanted = [view for view in views if view is not None]
     gradients = iter(torch.autograd.grad(product, wanted, grad, create_graph=create_graph))
@@ -115,20 +132,19 @@ def recomputation(node, *, holds_tensors: bool) -> Callable[[], Tensor]:
     """
     if not holds_tensors:
         return lambda: new_product(*_gate_and_up(node, *_unpack(node)), node.gating)
-    saved, gating = node.saved_tensors, node.gating
-    gate, up = _gate_and_up(node, *saved)
-    versions = [tensor._version for tensor in saved if tensor is not None]
+    saved = [tensor for tensor in node.saved_tensors if tensor is not None]
+    versions = [tensor._version for tensor in saved]
+    return functools.partial(_untraced, _product_of, node.gating, node.layout, saved, versions)
 
-    def compute() -> Tensor:
-        if [tensor._version for tensor in saved if tensor is not None] != versions:
-            raise RuntimeError(
-                "hf_swiglu: gate or up, which backward needs, has been modified by an inplace operation after the "
-                "product was computed. Clone it first, or patch with recompute=False and find it by PyTorch's own error"
-            )
-        return new_product(gate, up, gating)
 
-    compute._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return compute
+def _product_of(gating: Gating, layout: str | None, saved: list[Tensor], versions: list[int]) -> Tensor:
+    if [tensor._version for tensor in saved] != versions:
+        raise RuntimeError(
+            "hf_swiglu: gate or up, which backward needs, has been modified by an inplace operation after the product "
+            "was computed. Clone it first, or patch with recompute=False and find it by PyTorch's own error"
+        )
+    gate, up = saved if layout is None else LAYOUTS[layout](saved[0])
+    return new_product(gate, up, gating)
 
 
 def _gate_and_up(node, first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

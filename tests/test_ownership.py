@@ -273,8 +273,9 @@ def test_saved_tensors_that_come_back_in_another_shape_are_an_error(pair):
 
 
 @needs_kernel
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_compiled_autograd(recompute):
+def test_compiled_autograd(recompute, backend):
     from torch._dynamo import compiled_autograd
 
     results = []
@@ -286,7 +287,7 @@ def test_compiled_autograd(recompute):
             patch_model(nn.Sequential(mlp), recompute=recompute)
         x = hidden_states().requires_grad_()
         loss = mlp(x).square().sum()
-        with compiled_autograd._enable(torch.compile(backend="eager")):
+        with compiled_autograd._enable(torch.compile(backend=backend)):
             loss.backward()
         results.append([x.grad, *(parameter.grad for parameter in mlp.parameters())])
     torch.testing.assert_close(*results)

@@ -87,7 +87,8 @@ class Session:
             for model in list(self._models):
                 compare_fused(model)
         if self._options["strict"] and not any(report.fused or report.already_fused for report in self.reports):
-            seen = "\n".join(map(str, self.reports)) or "no transformers model was built"
+            elsewhere = "other threads and processes need a patch_on_load of their own, or hf-swiglu run"
+            seen = "\n".join(map(str, self.reports)) or f"no transformers model was built here; {elsewhere}"
             raise ValueError(f"patch_on_load: nothing was fused: {seen}\nPass strict=False to accept that")
 
 
