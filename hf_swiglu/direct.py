@@ -1,4 +1,4 @@
-"""The short way: ordinary contiguous tensors in the memory of the CPU, and nobody who looks on.
+"""The short way: ordinary contiguous tensors in the memory of the CPU, with no mode or profiler active.
 
 Most calls are of this kind. In small ones each question about a tensor, and each function that asks it, takes a
 fiftieth of the time that eager PyTorch takes for the product: here everything is asked once, in one place, and the
@@ -68,7 +68,7 @@ def packed_product(gate_up: Tensor, gating: Gating) -> Tensor | None:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its memory is all there is to it, and nobody looks on."""
+    """Whether its memory is all there is to it, and no mode, transform, tracer or profiler is active."""
     return (
         tensor.is_cpu
         and tensor.is_contiguous()

@@ -18,7 +18,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Up to this many elements plain PyTorch is faster, or no slower: with a backward, where an autograd.Function adds up to
 # 10 us to eager's 33; and without one where the kernel cannot be handed the tensors as they are (see `direct`), because
-# their rows lie apart or a dispatch mode looks on. Eager's time over ours, float32 and bfloat16, 2 threads: with a
+# their rows lie apart or a dispatch mode is active. Eager's time over ours, float32 and bfloat16, 2 threads: with a
 # backward 0.95 to 1.03 and 1.03 to 1.20 at 12,288 elements, 1.02 to 1.08 and 1.13 to 1.30 at 16,384 (EPYC 9004, packed
 # and separate); without one 0.94 and 1.28 at 8,192, 1.16 and 1.56 at 12,288 (EPYC 7003).
 SMALLEST_KERNEL = {"cpu": 10_000, "cuda": 0, "xpu": 0}
@@ -128,7 +128,7 @@ def product_backward(
 
 
 def _is_direct(tensor: Tensor) -> bool:
-    # With nobody to look on, PyTorch's dispatcher has nothing to decide; it takes 3 us of a call of 6 (torch 2.13,
+    # With no mode and no profiler active, PyTorch's dispatcher has nothing to decide; it takes 3 us of a call of 6 (torch 2.13,
     # EPYC 7003).
     return tensor.is_cpu and torch._C._len_torch_dispatch_stack() == 0 and not torch.autograd._profiler_enabled()
 

@@ -87,7 +87,7 @@ def _forward(packed: Tensor, *_: Tensor) -> tuple[Outputs, float, dict[str, Func
 
 
 def _eager_into(gate: Tensor, up: Tensor, out: Tensor) -> Outputs:
-    """What is left of eager's time once it need not ask for memory either; nobody's model runs so."""
+    """What is left of eager's time once it need not allocate memory either; no model runs so."""
     torch.ops.aten.silu.out(gate, out=out)
     return (torch.mul(out, up, out=out),)
 
