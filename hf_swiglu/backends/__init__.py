@@ -128,8 +128,8 @@ def product_backward(
 
 
 def _is_direct(tensor: Tensor) -> bool:
-    # With no mode and no profiler active, PyTorch's dispatcher has nothing to decide; it takes 3 us of a call of 6 (torch 2.13,
-    # EPYC 7003).
+    # With no mode and no profiler active, PyTorch's dispatcher has nothing to decide; it takes 3 us of a call of 6
+    # (torch 2.13, EPYC 7003).
     return tensor.is_cpu and torch._C._len_torch_dispatch_stack() == 0 and not torch.autograd._profiler_enabled()
 
 
