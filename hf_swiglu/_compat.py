@@ -1,47 +1,136 @@
-"""Private names of PyTorch and transformers that the patcher uses, and what happens where one is missing.
+"""Private names of PyTorch, transformers and accelerate, and what the package does without each of them.
 
-A release that renames one costs a fast path or a feature, never the import.
+A release that renames one costs a fast path or a feature, never the import: `missing` says which, and `hf-swiglu
+doctor` prints it. No other file of the package reads a private name of another library.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+# Every name that was looked up, with what is off where it is missing.
+NAMES: dict[str, str] = {}
+missing: dict[str, str] = {}
+
+_KERNELS = "every kernel: transforms of functions cannot be told from ordinary calls"
+_DIRECT = "launches past PyTorch's dispatcher: dispatch modes and profilers cannot be told from none"
+_OVERWRITE = "writing a product over its gate: sole ownership of memory cannot be proved"
+_RECOMPUTE = "computing the product again in backward: three buffers are kept, not two"
 
 
-def _private(module: str, path: str) -> Any:
+def _private(module: str, path: str, without: str) -> Any:
     """The attribute at a dotted path below a module, or None. The module may not have been imported yet."""
+    NAMES[f"{module}.{path}"] = without
     try:
         owner: Any = importlib.import_module(module)
+        found = functools.reduce(lambda found, name: getattr(found, name, None), path.split("."), owner)
     except ImportError:
-        return None
-    return functools.reduce(lambda found, name: getattr(found, name, None), path.split("."), owner)
+        found = None
+    if found is None:
+        missing[f"{module}.{path}"] = without
+    return found
 
 
-_storage_use_count: Callable[[int], int] | None = _private("torch", "_C._storage_Use_Count")
-_tensor_use_count: Callable[[Tensor], int] | None = _private("torch", "Tensor._use_count")
-_function_modes: Callable[[], int] | None = _private("torch", "_C._len_torch_function_stack")
-_function_mode_at: Callable[[int], object] | None = _private("torch", "_C._get_function_stack_at")
-_device_context: type | None = _private("torch.utils._device", "DeviceContext")
-_dispatch_modes: Callable[[], int] | None = _private("torch", "_C._len_torch_dispatch_stack")
-_mode_stack: Callable[[], list] | None = _private("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
-_default_hooks: Callable[[bool], Any] | None = _private("torch", "_C._autograd._top_saved_tensors_default_hooks")
-_hooks_enabled: Callable[[], bool] | None = _private("torch", "_C._autograd._saved_tensors_hooks_is_enabled")
-_graph_task: Callable[[], int] | None = _private("torch", "_C._current_graph_task_id")
-_global_hooks: Callable[[], bool] | None = _private("torch.nn.modules.module", "_has_any_global_hook")
+# What may stand between a call and its kernel: see `interception`.
+_interpreters: Callable[[], object] | None = _private("torch", "_C._functorch.peek_interpreter_stack", _KERNELS)
+_dual_level: int | None = _private("torch.autograd", "forward_ad._current_level", _KERNELS)
+_is_tracing: Callable[[], bool] | None = _private("torch", "_C._is_tracing", "nothing: torch.jit.is_tracing is asked")
+_is_batched: Callable[[Tensor], bool] | None = _private(
+    "torch", "_C._functorch.is_legacy_batchedtensor", "the backward kernel: PyTorch differentiates the plain formula"
+)
+_profiles: Callable[[], bool] | None = _private("torch.autograd", "_profiler_enabled", _DIRECT)
+_dispatch_modes: Callable[[], int] | None = _private("torch", "_C._len_torch_dispatch_stack", _DIRECT)
+_mode_stack: Callable[[], list] | None = _private(
+    "torch.utils._python_dispatch", "_get_current_dispatch_mode_stack", f"under a passive mode, {_OVERWRITE}"
+)
+_function_modes: Callable[[], int] | None = _private("torch", "_C._len_torch_function_stack", _OVERWRITE)
+_function_mode_at: Callable[[int], object] | None = _private(
+    "torch", "_C._get_function_stack_at", f"under a default device, {_OVERWRITE}"
+)
+_device_context: type | None = _private("torch.utils._device", "DeviceContext", f"under a default device, {_OVERWRITE}")
 
-increment_version: Callable[[Tensor], None] | None = _private("torch.autograd.graph", "increment_version")
+# Who owns a tensor's memory: see `patching.ownership`.
+_storage_use_count: Callable[[int], int] | None = _private("torch", "_C._storage_Use_Count", _OVERWRITE)
+_tensor_use_count: Callable[[Tensor], int] | None = _private("torch", "Tensor._use_count", _OVERWRITE)
+increment_version: Callable[[Tensor], None] | None = _private("torch.autograd.graph", "increment_version", _OVERWRITE)
 
-# As it is before any tool puts its own in its place: a call of a module runs its hooks and its forward, nothing else.
+# What the graph saves: see `patching.recompute`.
+_default_hooks: Callable[[bool], Any] | None = _private(
+    "torch", "_C._autograd._top_saved_tensors_default_hooks", _RECOMPUTE
+)
+_hooks_enabled: Callable[[], bool] | None = _private(
+    "torch", "_C._autograd._saved_tensors_hooks_is_enabled", _RECOMPUTE
+)
+_graph_task: Callable[[], int] | None = _private("torch", "_C._current_graph_task_id", _RECOMPUTE)
+_node_class: type | None = _private("torch.autograd", "Function._backward_cls", _RECOMPUTE)
+_is_wrapper: Callable[[Tensor], bool] | None = _private(
+    "torch.utils._python_dispatch", "is_traceable_wrapper_subclass", f"under tensor parallelism, {_RECOMPUTE}"
+)
+_global_hooks: Callable[[], bool] | None = _private(
+    "torch.nn.modules.module", "_has_any_global_hook", "fused products: hooks of all modules cannot be told from none"
+)
+
+# By which C reads tensors itself; `backends.cpu` reads their addresses in Python without it.
+exchange_api: object | None = _private(
+    "torch", "Tensor.__dlpack_c_exchange_api__", "kernels that read contiguous tensors in C: 2 us more for each call"
+)
+
+# A call of a module as PyTorch defines it, before any tool has replaced it: its hooks and its forward run, no more.
 module_call: Callable[..., Any] = nn.Module.__call__
 
+# The dictionaries of a module's hooks.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_state = vars(nn.Module())
+for _hook in HOOKS:
+    NAMES[f"torch.nn.Module().{_hook}"] = "fused products: hooks of activations cannot be told from none"
+    if _hook not in _state:
+        missing[f"torch.nn.Module().{_hook}"] = NAMES[f"torch.nn.Module().{_hook}"]
+knows_hooks = all(hook in _state for hook in HOOKS)
+
+# Where accelerate's hooks keep a module's own forward, and themselves.
+ACCELERATE_FORWARD, ACCELERATE_HOOK = "_old_forward", "_hf_hook"
 
 # Without these three names nothing is written over.
 can_prove_ownership = None not in (_storage_use_count, _tensor_use_count, increment_version)
+
+
+def _unknown() -> bool:
+    return True
+
+
+def _unknown_count() -> int:
+    return 1
+
+
+# Each of these answers "yes" where it cannot tell.
+def _is_transform_active() -> bool:
+    """Whether vmap, grad or jvp wrap tensors here, or attach tangents."""
+    return _interpreters() is not None or forward_ad._current_level >= 0  # type: ignore[misc]
+
+
+is_transform_active = _unknown if _interpreters is None or _dual_level is None else _is_transform_active
+
+is_tracing: Callable[[], bool] = _is_tracing or torch.jit.is_tracing
+is_profiling: Callable[[], bool] = _profiles or _unknown
+count_dispatch_modes: Callable[[], int] = _dispatch_modes or _unknown_count
+has_global_hook: Callable[[], bool] = _global_hooks or _unknown
+
+
+def is_legacy_batched(tensor: Tensor) -> bool:
+    """Whether `autograd.grad(..., is_grads_batched=True)` has made a batch of gradients look like one."""
+    return _is_batched is None or _is_batched(tensor)
+
+
+def is_wrapper_subclass(tensor: Tensor) -> bool:
+    """Whether the tensor is a subclass, such as DTensor, that says which tensors it consists of."""
+    return _is_wrapper is not None and _is_wrapper(tensor)
 
 
 def use_counts(tensor: Tensor) -> tuple[int, int]:
@@ -50,14 +139,14 @@ def use_counts(tensor: Tensor) -> tuple[int, int]:
     return _storage_use_count(tensor.untyped_storage()._cdata), _tensor_use_count(tensor)
 
 
-# Dispatch modes of our own that count: they keep and change nothing.
+# Dispatch modes of this package that count: they keep and change nothing.
 passive_modes: set[type] = set()
 
 
 def is_any_mode_active() -> bool:
-    """Whether a dispatch or function mode sees what runs here, and might keep or change it.
+    """Whether a dispatch or function mode sees the operators that run here, and might keep or change their tensors.
 
-    One that chooses a default device does not.
+    The mode that chooses a default device does neither.
     """
     if _dispatch_modes is None or _function_modes is None:
         return True
@@ -69,14 +158,6 @@ def is_any_mode_active() -> bool:
     if _function_mode_at is None or _device_context is None:
         return True
     return not all(type(_function_mode_at(at)) is _device_context for at in range(count))
-
-
-def _unknown() -> bool:
-    return True
-
-
-# Whether hooks are registered for every module.
-has_global_hook: Callable[[], bool] = _unknown if _global_hooks is None else _global_hooks
 
 
 def can_pack_saved_tensors() -> bool:
@@ -96,8 +177,13 @@ def graph_task() -> int:
     return _graph_task()
 
 
+def node_classes(functions: Sequence[type[torch.autograd.Function]]) -> tuple[type, ...]:
+    """The classes of these functions' nodes in the graph; none where they cannot be told."""
+    return () if _node_class is None else tuple(function._backward_cls for function in functions)  # type: ignore[attr-defined]
+
+
 def fusion_registry() -> tuple[dict[str, Any], type] | None:
     """(registry, base class of its entries) of transformers' `fusion_config`; None in releases without one."""
-    registry = _private("transformers.fusion_mapping", "_FUSION_REGISTRY")
-    base = _private("transformers.fusion_mapping", "ModuleFusionSpec")
+    registry = _private("transformers.fusion_mapping", "_FUSION_REGISTRY", "fusion_config")
+    base = _private("transformers.fusion_mapping", "ModuleFusionSpec", "fusion_config")
     return None if registry is None or base is None else (registry, base)

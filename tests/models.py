@@ -85,7 +85,7 @@ class CountedOperators:
         self.calls = []
 
     def __enter__(self):
-        self._saved = direct._cpu_kernel, backends.product, backends.product_backward
+        self._saved = direct._cpu_kernel, backends.swiglu_fwd, backends.swiglu_bwd
         find, product, product_backward = self._saved
         packed = reference.LAYOUTS["gate_up"]
 
@@ -111,11 +111,11 @@ class CountedOperators:
             product_backward(*args)
 
         direct._cpu_kernel = counting_kernel
-        backends.product, backends.product_backward = counting_product, counting_product_backward
+        backends.swiglu_fwd, backends.swiglu_bwd = counting_product, counting_product_backward
         return self
 
     def __exit__(self, *exception):
-        direct._cpu_kernel, backends.product, backends.product_backward = self._saved
+        direct._cpu_kernel, backends.swiglu_fwd, backends.swiglu_bwd = self._saved
 
     @property
     def names(self) -> list[str]:

@@ -7,7 +7,7 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from hf_swiglu import backends, patch_model, reference
-from hf_swiglu.reference import Gating
+from hf_swiglu.reference import GLUParams
 
 LIMIT = 0.7
 
@@ -21,24 +21,24 @@ def gradients(function, gate, up):
 @pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
 @pytest.mark.parametrize("dtype", backends.KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "gating",
+    "params",
     [
-        Gating(gate_limit=LIMIT),
-        Gating(up_limit=LIMIT),
-        Gating(act_limit=LIMIT),
-        Gating(2, 1.7, LIMIT, LIMIT, LIMIT, 1.0),
+        GLUParams(gate_limit=LIMIT),
+        GLUParams(up_limit=LIMIT),
+        GLUParams(act_limit=LIMIT),
+        GLUParams(2, 1.7, LIMIT, LIMIT, LIMIT, 1.0),
     ],
 )
-def test_gradients_on_the_limit(gating, dtype):
+def test_gradients_on_the_limit(params, dtype):
     from hf_swiglu.backends import cpu
 
     limit = torch.tensor(LIMIT).to(dtype)
     around = [-limit, limit, torch.nextafter(limit, torch.zeros_like(limit)), torch.nextafter(limit, 2 * limit)]
     values = torch.stack([*around, torch.zeros_like(limit), torch.full_like(limit, float("nan"))])
     gate, up = (x.reshape(-1).contiguous() for x in torch.meshgrid(values, values, indexing="ij"))
-    expected = gradients(lambda g, u: reference.product(g, u, gating), gate, up)
+    expected = gradients(lambda g, u: reference.swiglu_fwd(g, u, params), gate, up)
     ours = [torch.empty_like(gate), torch.empty_like(up)]
-    cpu.product_backward(torch.ones_like(gate), gate, up, *ours, *backends.scalars(gating))
+    cpu.product_backward(torch.ones_like(gate), gate, up, *ours, *backends.scalars(params))
     for mine, plain in zip(ours, expected):
         torch.testing.assert_close(mine, plain, equal_nan=True)
         assert torch.equal(mine == 0, plain == 0)

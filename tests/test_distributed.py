@@ -39,7 +39,7 @@ if {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & os.environ.keys():
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     del os.environ["ACCELERATE_USE_CPU"]
 
-prepare, product, calls = Accelerator.prepare, backends.product, []
+prepare, product, calls = Accelerator.prepare, backends.swiglu_fwd, []
 
 def show(self, *args):
     model, optimizer = prepare(self, *args)
@@ -47,7 +47,7 @@ def show(self, *args):
     return model, optimizer
 
 Accelerator.prepare = show
-backends.product = lambda *args: calls.append(args[0].shape) or product(*args)
+backends.swiglu_fwd = lambda *args: calls.append(args[0].shape) or product(*args)
 sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")

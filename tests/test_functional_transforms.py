@@ -82,8 +82,8 @@ def test_the_operators_pass_pytorchs_own_checks(has_up):
     gate, up, grad, out, grad_gate, grad_up = random(6, 4, 5).unbind()
     power = 1 if has_up else 2
     up, grad_up = (up, grad_up) if has_up else (None, None)
-    torch.library.opcheck(torch.ops.hf_swiglu.product.default, (gate, up, out, power))
-    torch.library.opcheck(torch.ops.hf_swiglu.product_backward.default, (grad, gate, up, grad_gate, grad_up, power))
+    torch.library.opcheck(torch.ops.hf_swiglu.swiglu_fwd.default, (gate, up, out, power))
+    torch.library.opcheck(torch.ops.hf_swiglu.swiglu_bwd.default, (grad, gate, up, grad_gate, grad_up, power))
 
 
 # torch.func and forward mode: wrappers that a kernel could not see through

@@ -229,7 +229,7 @@ def test_verify_finds_a_wrong_fusion_and_restores(monkeypatch, build):
 def test_verify_demands_equal_bits_in_16_bits(monkeypatch, dtype):
     model = nn.Sequential(GatedMLP()).to(dtype)
 
-    def rounded_once(gate, up, gating, out=None):
+    def rounded_once(gate, up, params, out=None):
         return (nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
 
     monkeypatch.setattr(fusing.direct, "product", rounded_once)

@@ -14,7 +14,7 @@ from tolerance import assert_close_to_float64
 
 import hf_swiglu
 from hf_swiglu import reference
-from hf_swiglu.reference import SILU, SWIGLU, Gating
+from hf_swiglu.reference import SILU, SWIGLU, GLUParams
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -30,9 +30,9 @@ from hf_swiglu.backends import triton as compiled
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in", "ignore:TRITON_DEFAULT_FP_FUSION")
 
 DEVICE = next((name for name in ("cuda", "xpu") if getattr(torch, name).is_available()), "cpu")
-GPT_OSS = Gating(alpha=1.702, gate_limit=2.0, up_limit=1.5, up_offset=1.0)
-STEP = Gating(power=2, act_limit=3.0, up_limit=1.5)
-GATINGS = {"silu": SILU, "swiglu": SWIGLU, "gpt_oss": GPT_OSS, "step": STEP}
+GPT_OSS = GLUParams(alpha=1.702, gate_limit=2.0, up_limit=1.5, up_offset=1.0)
+STEP = GLUParams(power=2, act_limit=3.0, up_limit=1.5)
+ACTIVATION_PARAMS = {"silu": SILU, "swiglu": SWIGLU, "gpt_oss": GPT_OSS, "step": STEP}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -102,23 +102,23 @@ def _pair(layout, dtype):
     return LAYOUTS[layout](lambda *shape: _random(*shape, dtype=dtype))
 
 
-def _pytorch(dtype, grad, gate, up, gating):
+def _pytorch(dtype, grad, gate, up, params):
     """The product, then the gradients of its inputs, in `dtype`."""
     inputs = [tensor.to(dtype).clone().requires_grad_() for tensor in (gate, up) if tensor is not None]
-    result = reference.product(inputs[0], None if up is None else inputs[1], gating)
+    result = reference.swiglu_fwd(inputs[0], None if up is None else inputs[1], params)
     return [result.detach(), *torch.autograd.grad(result, inputs, grad.to(dtype))]
 
 
-def _kernel(grad, gate, up, out, grad_gate, grad_up, gating=SILU):
-    limits = None if gating[1:] == SILU[1:] else list(gating[1:])
-    kernels.product(gate, up, out, gating.power, limits)
-    kernels.product_backward(grad, gate, up, grad_gate, grad_up, gating.power, limits)
+def _kernel(grad, gate, up, out, grad_gate, grad_up, params=SILU):
+    limits = None if params[1:] == SILU[1:] else list(params[1:])
+    kernels.product(gate, up, out, params.power, limits)
+    kernels.product_backward(grad, gate, up, grad_gate, grad_up, params.power, limits)
     return [tensor for tensor in (out, grad_gate, grad_up) if tensor is not None]
 
 
-def _assert_accurate(results, grad, gate, up, gating=SILU):
-    exact = _pytorch(torch.float64, grad, gate, up, gating)
-    eager = _pytorch(gate.dtype, grad, gate, up, gating)
+def _assert_accurate(results, grad, gate, up, params=SILU):
+    exact = _pytorch(torch.float64, grad, gate, up, params)
+    eager = _pytorch(gate.dtype, grad, gate, up, params)
     for result, usual, best in zip(results, eager, exact, strict=True):
         assert_close_to_float64(result, usual, best)
 
@@ -140,14 +140,14 @@ def test_every_layout_is_read_and_written_in_place(layout, dtype, launches):
 
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPES.get)
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
-@pytest.mark.parametrize("gating", GATINGS.values(), ids=GATINGS)
-def test_every_gating(gating, gated, dtype):
+@pytest.mark.parametrize("params", ACTIVATION_PARAMS.values(), ids=ACTIVATION_PARAMS)
+def test_every_gating(params, gated, dtype):
     (gate, up), (grad, out), (grad_gate, grad_up) = (_pair("padded rows", dtype) for _ in range(3))
     # What `sum().backward()` passes.
     grad = grad[0, 0].expand_as(gate)
     if not gated:
         up = grad_up = None
-    _assert_accurate(_kernel(grad, gate, up, out, grad_gate, grad_up, gating), grad, gate, up, gating)
+    _assert_accurate(_kernel(grad, gate, up, out, grad_gate, grad_up, params), grad, gate, up, params)
 
 
 def test_gelu_is_not_swish():
@@ -174,20 +174,20 @@ def test_nothing_to_do(shape, launches):
     assert launches == []
 
 
-@pytest.mark.parametrize("gating", GATINGS.values(), ids=GATINGS)
-def test_special_values_are_those_of_pytorch(gating):
+@pytest.mark.parametrize("params", ACTIVATION_PARAMS.values(), ids=ACTIVATION_PARAMS)
+def test_special_values_are_those_of_pytorch(params):
     positive = torch.tensor([0.0, 1e-40, 1.0, 2.0, 50.0, 88.0, 89.0, 100.0, 1e15, math.inf, math.nan], device=DEVICE)
     values = torch.cat([positive, -positive])
     gate, up = (part.flatten() for part in torch.meshgrid(values, values, indexing="ij"))
     grad = torch.ones_like(gate)
-    results = _kernel(grad, gate, up, *(torch.empty_like(gate) for _ in range(3)), gating)
-    eager = _pytorch(torch.float32, grad, gate, up, gating)
+    results = _kernel(grad, gate, up, *(torch.empty_like(gate) for _ in range(3)), params)
+    eager = _pytorch(torch.float32, grad, gate, up, params)
     for result, usual in zip(results, eager, strict=True):
         special = (usual == 0) | ~usual.isfinite()
         assert special.sum() > 100
         torch.testing.assert_close(result[special], usual[special], rtol=0, atol=0, equal_nan=True)
         # PyTorch differentiates any other alpha in three steps, whose zeros may be summed to the other sign.
-        if gating.alpha == 1:
+        if params.alpha == 1:
             assert torch.equal(result[usual == 0].signbit(), usual[usual == 0].signbit())
         # And nothing else is special: no overflow, no subnormal flushed to zero.
         assert torch.all((result != 0) & result.isfinite() | special)
@@ -270,8 +270,8 @@ SAME_BITS = {
     "silu": (SILU, False),
     "swiglu": (SWIGLU, False),
     "swiglu times up": (SWIGLU, True),
-    "clamped": (Gating(gate_limit=0.3, up_limit=0.7), True),
-    "step-3.7": (Gating(act_limit=0.3, up_limit=0.7), True),
+    "clamped": (GLUParams(gate_limit=0.3, up_limit=0.7), True),
+    "step-3.7": (GLUParams(act_limit=0.3, up_limit=0.7), True),
 }
 
 
@@ -279,17 +279,17 @@ SAME_BITS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_gate_has_eagers_bits(dtype, form):
     """On a GPU a proof; interpreted, only that the kernel rounds where PyTorch does: exp is NumPy's."""
-    gating, has_up = SAME_BITS[form]
+    params, has_up = SAME_BITS[form]
     gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).to(DEVICE)
     up, grad = (torch.randn(2**16).to(DEVICE, dtype) for _ in range(2))
     leaves = [tensor.clone().requires_grad_() for tensor in ((gate, up) if has_up else (gate,))]
-    product = reference.product(leaves[0], leaves[1] if has_up else None, gating)
+    product = reference.swiglu_fwd(leaves[0], leaves[1] if has_up else None, params)
     expected = [product.detach(), *torch.autograd.grad(product, leaves, grad)]
     outs = [torch.empty_like(gate) for _ in expected]
-    limits = None if gating in (SILU, SWIGLU) else list(gating[1:])
-    kernels.product(gate, up if has_up else None, outs[0], gating.power, limits)
+    limits = None if params in (SILU, SWIGLU) else list(params[1:])
+    kernels.product(gate, up if has_up else None, outs[0], params.power, limits)
     kernels.product_backward(
-        grad, gate, up if has_up else None, outs[1], outs[2] if has_up else None, gating.power, limits
+        grad, gate, up if has_up else None, outs[1], outs[2] if has_up else None, params.power, limits
     )
     for result, plain in zip(outs, expected):
         assert torch.equal(result.isnan(), plain.isnan())
@@ -326,9 +326,9 @@ def test_every_kind_of_size_compiles(shape):
 
 @pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)], ids=["sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPES.get)
-@pytest.mark.parametrize("gating", GATINGS.values(), ids=GATINGS)
-def test_every_variant_compiles(gating, dtype, target):
-    scalars = gating.power, list(gating[1:])
+@pytest.mark.parametrize("params", ACTIVATION_PARAMS.values(), ids=ACTIVATION_PARAMS)
+def test_every_variant_compiles(params, dtype, target):
+    scalars = params.power, list(params[1:])
     wide = "(ld|st).global.v4.b32" if target.backend == "cuda" else "global_(load|store)_dwordx4"
     for gated in (True, False):
         # A width that no tile divides, so that the accesses are masked.

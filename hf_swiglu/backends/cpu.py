@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, get_num_threads
 
+from hf_swiglu import _compat
 from hf_swiglu.backends import _cpu_kernels  # type: ignore[attr-defined]
-from hf_swiglu.backends.rows import common_rows
-from hf_swiglu.reference import clamp_passes_at_limit
+from hf_swiglu.backends.layout import common_layout
+from hf_swiglu.reference import GLUParams, clamp_passes_at_limit
 
 # The order of the enumeration in csrc/kernels.h.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -23,50 +24,38 @@ _cpu_kernels.set_passes_at_limit(clamp_passes_at_limit())
 instruction_set: Callable[[], str] = _cpu_kernels.instruction_set
 
 # Whether C may look at tensors itself, which newer versions of PyTorch offer; Python does it otherwise.
-_READS_TENSORS = hasattr(Tensor, "__dlpack_c_exchange_api__") and _cpu_kernels.use_exchange_table(
-    Tensor, Tensor.__dlpack_c_exchange_api__
-)
+_READS_TENSORS = _compat.exchange_api is not None and _cpu_kernels.use_exchange_table(Tensor, _compat.exchange_api)
 
 
 def tensor_kernel(name: str) -> Callable[..., bool] | None:
     """The C function `name`, if it can be handed tensors."""
-    return getattr(_cpu_kernels, name) if _READS_TENSORS else None
+    names = {"swiglu_fwd": "product", "swiglu_bwd": "product_backward", "swiglu_packed_fwd": "packed_product"}
+    return getattr(_cpu_kernels, names[name]) if _READS_TENSORS else None
 
 
-def product(gate: Tensor, up: Tensor | None, out: Tensor, power: int = 1, limits: list[float] | None = None) -> None:
-    """Writes the product of `reference.Gating(power, *limits)` into `out`, which may be one of the inputs."""
-    _check("product", (gate, up, out))
-    run("product", (gate, up), (out,), power, limits)
+def swiglu_fwd(gate: Tensor, up: Tensor | None, out: Tensor, params: GLUParams) -> None:
+    """Write the product of `params` to `out`, which may be `gate` itself."""
+    _launch("product", (gate, up), (out,), params)
 
 
-def product_backward(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    grad_gate: Tensor,
-    grad_up: Tensor | None,
-    power: int = 1,
-    limits: list[float] | None = None,
+def swiglu_bwd(
+    grad_out: Tensor, gate: Tensor, up: Tensor | None, grad_gate: Tensor, grad_up: Tensor | None, params: GLUParams
 ) -> None:
-    """Writes the gradients of `product` with respect to `gate` and, where there is one, to `up`."""
-    if (up is None) is not (grad_up is None):
-        raise ValueError("product_backward: up and grad_up belong together; give both of them or neither")
-    _check("product_backward", (grad, gate, up, grad_gate, grad_up))
-    run("product_backward", (grad, gate, up), (grad_gate, grad_up), power, limits)
+    """Write the gradients of `swiglu_fwd` to `grad_gate` and `grad_up`, given that of its output."""
+    _launch("product_backward", (grad_out, gate, up), (grad_gate, grad_up), params)
 
 
-def run(function: str, inputs: tuple, outputs: tuple, power: int = 1, limits: list[float] | None = None) -> None:
-    """One of the two operators, on tensors that are known to go together."""
-    kernel = _cpu_kernels.product if function == "product" else _cpu_kernels.product_backward
-    if not kernel(get_num_threads(), power, limits, *inputs, *outputs):
-        _run_rows(function, inputs, outputs, power, limits)
+def _launch(function: str, inputs: tuple, outputs: tuple, params: GLUParams) -> None:
+    kernel = getattr(_cpu_kernels, function)
+    if not kernel(get_num_threads(), *params.scalars(), *inputs, *outputs):
+        _launch_strided(function, inputs, outputs, params)
 
 
-def _run_rows(function: str, inputs: tuple, outputs: tuple, power: int, limits: list[float] | None) -> None:
+def _launch_strided(function: str, inputs: tuple, outputs: tuple, params: GLUParams) -> None:
     tensors = [tensor for tensor in inputs + outputs if tensor is not None]
-    rows = common_rows(tensors[0].shape, *(tensor.stride() for tensor in tensors))
+    rows = common_layout(tensors[0].shape, *(tensor.stride() for tensor in tensors))
     if rows is None or any(row.column_stride > _LARGEST_COLUMN_STRIDE for row in rows):
-        return _run_copies(function, inputs, outputs, power, limits)
+        return _launch_on_copies(function, inputs, outputs, params)
     cut = iter(rows)
     strides: list[int] = []
     addresses = []
@@ -75,7 +64,7 @@ def _run_rows(function: str, inputs: tuple, outputs: tuple, power: int, limits: 
         addresses.append(0 if tensor is None else _address(tensor))
     kernel = getattr(_cpu_kernels, f"{function}_rows")
     code = _DTYPES[tensors[0].dtype]
-    kernel(get_num_threads(), power, limits, code, rows[0].rows, rows[0].columns, tuple(strides), *addresses)
+    kernel(get_num_threads(), *params.scalars(), code, rows[0].rows, rows[0].columns, tuple(strides), *addresses)
 
 
 def _address(tensor: Tensor) -> int:
@@ -85,26 +74,14 @@ def _address(tensor: Tensor) -> int:
     return address
 
 
-def _run_copies(function: str, inputs: tuple, outputs: tuple, power: int, limits: list[float] | None) -> None:
+def _launch_on_copies(function: str, inputs: tuple, outputs: tuple, params: GLUParams) -> None:
     """For tensors that do not lie in rows: contiguous copies of the inputs, results copied to where they belong."""
     inputs = tuple(tensor if tensor is None else tensor.contiguous() for tensor in inputs)
     results = tuple(
         tensor if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in outputs
     )
-    run(function, inputs, results, power, limits)
+    _launch(function, inputs, results, params)
     for tensor, result in zip(outputs, results):
         if tensor is not None:
             tensor.copy_(result)
-
-
-def _check(function: str, operands: tuple[Tensor | None, ...]) -> None:
-    tensors = [tensor for tensor in operands if tensor is not None]
-    first = tensors[0]
-    alike = all(tensor.shape == first.shape and tensor.dtype is first.dtype for tensor in tensors)
-    if not alike or first.dtype not in _DTYPES:
-        given = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
-        raise ValueError(
-            f"{function}: the CPU kernel takes tensors of one shape and of one dtype out of float32, bfloat16 and "
-            f"float16; got {given}"
-        )

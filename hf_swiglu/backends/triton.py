@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_swiglu.backends.rows import common_rows
-from hf_swiglu.reference import SILU, SWIGLU, Gating, clamp_passes_at_limit
+from hf_swiglu.backends.layout import common_layout
+from hf_swiglu.reference import SILU, SWIGLU, GLUParams, clamp_passes_at_limit
 
 # 16 elements for each of the 128 threads that Triton gives a program: two 16-byte loads per operand in bfloat16, four
 # in float32. In bfloat16 that takes 32 registers forward and 56 backward (sm_90), so 64 and 36 of a multiprocessor's
@@ -62,46 +62,46 @@ def _passes(value, limit: tl.constexpr):
 
 
 @triton.jit
-def _clamped_up(up, gating: tl.constexpr, dtype: tl.constexpr):
+def _clamped_up(up, params: tl.constexpr, dtype: tl.constexpr):
     """clamp(up, -up_limit, up_limit) + up_offset"""
-    if gating.up_limit != INFINITY:
-        up = tl.where(up < -gating.up_limit, -gating.up_limit, _minimum(up, gating.up_limit))
-    return _rounded(up + gating.up_offset, dtype) if gating.up_offset != 0 else up
+    if params.up_limit != INFINITY:
+        up = tl.where(up < -params.up_limit, -params.up_limit, _minimum(up, params.up_limit))
+    return _rounded(up + params.up_offset, dtype) if params.up_offset != 0 else up
 
 
 @triton.jit
-def _swish(g, gating: tl.constexpr, dtype: tl.constexpr):
+def _swish(g, params: tl.constexpr, dtype: tl.constexpr):
     """(g * sigmoid(alpha g), sigmoid(alpha g), exp(-alpha g)); one operator of PyTorch's where alpha is 1, else three.
 
     Triton's plain division is up to two units in the last place off, which the result would show.
     """
-    if gating.alpha == 1 or dtype == tl.float32:
-        e = tl.exp(-gating.alpha * g)
+    if params.alpha == 1 or dtype == tl.float32:
+        e = tl.exp(-params.alpha * g)
         return _rounded(tl.div_rn(g, 1 + e), dtype), tl.div_rn(1.0, 1 + e), e
-    e = tl.exp(-_rounded(g * gating.alpha, dtype))
+    e = tl.exp(-_rounded(g * params.alpha, dtype))
     sigma = _rounded(tl.div_rn(1.0, 1 + e), dtype)
     return _rounded(g * sigma, dtype), sigma, e
 
 
 @triton.jit
-def _product_rows(
+def _fwd_strided(
     gate, up, out, gate_row, gate_column, up_row, up_column, out_row, out_column, rows, columns,
-    gating: tl.constexpr, tile_columns: tl.constexpr, even: tl.constexpr,
+    params: tl.constexpr, tile_columns: tl.constexpr, even: tl.constexpr,
 ):  # fmt: skip
-    """out = a * u of `reference.Gating`; `*_row` and `*_column` are strides."""
+    """out = a * u of `reference.GLUParams`; `*_row` and `*_column` are strides."""
     dtype: tl.constexpr = out.dtype.element_ty
     row, column, mask = _tile(rows, columns, tile_columns, even)
     g = tl.load(gate + row * gate_row + column * gate_column, mask=mask).to(tl.float32)
     if up is not None:
         u = tl.load(up + row * up_row + column * up_column, mask=mask).to(tl.float32)
 
-    g = _minimum(g, gating.gate_limit)
-    result, _, _ = _swish(g, gating, dtype)
-    if gating.power == 2:
+    g = _minimum(g, params.gate_limit)
+    result, _, _ = _swish(g, params, dtype)
+    if params.power == 2:
         result = _rounded(g * result, dtype)
-    result = _minimum(result, gating.act_limit)
+    result = _minimum(result, params.act_limit)
     if up is not None:
-        result *= _clamped_up(u, gating, dtype)
+        result *= _clamped_up(u, params, dtype)
     tl.store(out + row * out_row + column * out_column, result, mask=mask)
 
 
@@ -112,25 +112,25 @@ def _added(sum, x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _swish_gradient(grad, g, swish, sigma, e, sum, gating: tl.constexpr, dtype: tl.constexpr):
+def _swish_gradient(grad, g, swish, sigma, e, sum, params: tl.constexpr, dtype: tl.constexpr):
     """`sum` and the gradient of swish, given that of its result, in the order of PyTorch's operators in 16 bits."""
     if dtype == tl.float32:
         # 1 - sigma, without the cancellation that is most of PyTorch's own error in float32.
         complement = tl.where(e > 1, 1 - sigma, e * sigma)
-        return _added(sum, grad * sigma * (1 + gating.alpha * g * complement), dtype)
-    if gating.alpha == 1:
+        return _added(sum, grad * sigma * (1 + params.alpha * g * complement), dtype)
+    if params.alpha == 1:
         return _added(sum, _rounded(grad * sigma * (1 + g * (1 - sigma)), dtype), dtype)
     inner = _rounded(_rounded(grad * g, dtype) * (1 - sigma) * sigma, dtype)
     sum = _added(sum, _rounded(grad * sigma, dtype), dtype)
-    return _added(sum, _rounded(inner * gating.alpha, dtype), dtype)
+    return _added(sum, _rounded(inner * params.alpha, dtype), dtype)
 
 
 @triton.jit
-def _backward_rows(
+def _bwd_strided(
     grad, gate, up, grad_gate, grad_up,
     grad_row, grad_column, gate_row, gate_column, up_row, up_column,
     grad_gate_row, grad_gate_column, grad_up_row, grad_up_column, rows, columns,
-    gating: tl.constexpr, tile_columns: tl.constexpr, even: tl.constexpr,
+    params: tl.constexpr, tile_columns: tl.constexpr, even: tl.constexpr,
 ):  # fmt: skip
     """grad_gate = grad * u * a' and grad_up = grad * a; `*_row` and `*_column` are strides.
 
@@ -144,71 +144,66 @@ def _backward_rows(
     if up is not None:
         u = tl.load(up + row * up_row + column * up_column, mask=mask).to(tl.float32)
 
-    g = _minimum(unlimited, gating.gate_limit)
-    swish, sigma, e = _swish(g, gating, dtype)
-    a = _rounded(g * swish, dtype) if gating.power == 2 else swish
+    g = _minimum(unlimited, params.gate_limit)
+    swish, sigma, e = _swish(g, params, dtype)
+    a = _rounded(g * swish, dtype) if params.power == 2 else swish
 
     if up is not None:
-        grad_u = grad_a * _minimum(a, gating.act_limit)
-        if gating.up_limit != INFINITY:
-            grad_u = tl.where(_passes(tl.abs(u), gating.up_limit), grad_u, 0.0)
+        grad_u = grad_a * _minimum(a, params.act_limit)
+        if params.up_limit != INFINITY:
+            grad_u = tl.where(_passes(tl.abs(u), params.up_limit), grad_u, 0.0)
         tl.store(grad_up + row * grad_up_row + column * grad_up_column, grad_u, mask=mask)
-        grad_a = _rounded(grad_a * _clamped_up(u, gating, dtype), dtype)
-    if gating.act_limit != INFINITY:
-        grad_a = tl.where(_passes(a, gating.act_limit), grad_a, 0.0)
+        grad_a = _rounded(grad_a * _clamped_up(u, params, dtype), dtype)
+    if params.act_limit != INFINITY:
+        grad_a = tl.where(_passes(a, params.act_limit), grad_a, 0.0)
     # Summed like PyTorch's terms, so that infinities and signed zeros come out as there.
-    if gating.power == 2:
+    if params.power == 2:
         sum = _rounded(grad_a * swish, dtype)
-        grad_g = _swish_gradient(_rounded(grad_a * g, dtype), g, swish, sigma, e, sum, gating, dtype)
+        grad_g = _swish_gradient(_rounded(grad_a * g, dtype), g, swish, sigma, e, sum, params, dtype)
     else:
-        grad_g = _swish_gradient(grad_a, g, swish, sigma, e, None, gating, dtype)
-    if gating.gate_limit != INFINITY:
-        grad_g = tl.where(_passes(unlimited, gating.gate_limit), grad_g, 0.0)
+        grad_g = _swish_gradient(grad_a, g, swish, sigma, e, None, params, dtype)
+    if params.gate_limit != INFINITY:
+        grad_g = tl.where(_passes(unlimited, params.gate_limit), grad_g, 0.0)
     tl.store(grad_gate + row * grad_gate_row + column * grad_gate_column, grad_g, mask=mask)
 
 
 # Contiguous operands are one row of known strides. Triton looks at every argument of every call: without the strides
 # that part of a launch takes 3.2 us instead of 6.2 forward, and 5 instead of 9 backward (Triton 3.9, EPYC 7003).
 @triton.jit
-def _product_flat(gate, up, out, count, gating: tl.constexpr, even: tl.constexpr):
-    _product_rows(gate, up, out, 0, 1, 0, 1, 0, 1, 1, count, gating, TILE, even)
+def _fwd_flat(gate, up, out, count, params: tl.constexpr, even: tl.constexpr):
+    _fwd_strided(gate, up, out, 0, 1, 0, 1, 0, 1, 1, count, params, TILE, even)
 
 
 @triton.jit
-def _backward_flat(grad, gate, up, grad_gate, grad_up, count, gating: tl.constexpr, even: tl.constexpr):
-    _backward_rows(
-        grad, gate, up, grad_gate, grad_up, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 1, count, gating, TILE, even
+def _bwd_flat(grad, gate, up, grad_gate, grad_up, count, params: tl.constexpr, even: tl.constexpr):
+    _bwd_strided(
+        grad, gate, up, grad_gate, grad_up, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 1, count, params, TILE, even
     )  # fmt: skip
 
 
-def product(gate: Tensor, up: Tensor | None, out: Tensor, power: int = 1, limits: list[float] | None = None) -> None:
-    """Write the product of `reference.Gating` to `out`, which may be `gate` itself."""
-    _run(_product_flat, _product_rows, (gate, up), (out,), _gating(power, limits, gate.dtype))
+def swiglu_fwd(gate: Tensor, up: Tensor | None, out: Tensor, params: GLUParams) -> None:
+    """Write the product of `params` to `out`, which may be `gate` itself."""
+    _launch_for_layout(_fwd_flat, _fwd_strided, (gate, up), (out,), _in_dtype(params, gate.dtype))
 
 
-def product_backward(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    grad_gate: Tensor,
-    grad_up: Tensor | None,
-    power: int = 1,
-    limits: list[float] | None = None,
+def swiglu_bwd(
+    grad_out: Tensor, gate: Tensor, up: Tensor | None, grad_gate: Tensor, grad_up: Tensor | None, params: GLUParams
 ) -> None:
-    """Write the gradients of `product` to `grad_gate` and `grad_up`, given that of its output."""
-    _run(_backward_flat, _backward_rows, (grad, gate, up), (grad_gate, grad_up), _gating(power, limits, gate.dtype))
+    """Write the gradients of `swiglu_fwd` to `grad_gate` and `grad_up`, given that of its output."""
+    params = _in_dtype(params, gate.dtype)
+    _launch_for_layout(_bwd_flat, _bwd_strided, (grad_out, gate, up), (grad_gate, grad_up), params)
 
 
-def _gating(power: int, limits: list[float] | None, dtype: torch.dtype) -> Gating:
+@functools.lru_cache
+def _in_dtype(params: GLUParams, dtype: torch.dtype) -> GLUParams:
     """The limits as PyTorch's clamp compares with them: in the tensors' dtype."""
-    if limits is None:
-        return SWIGLU if power == 2 else SILU
-    alpha, gate_limit, act_limit, up_limit, up_offset = limits
-    clamps = torch.tensor([gate_limit, act_limit, up_limit], dtype=dtype).tolist()
-    return Gating(power, alpha, clamps[0], clamps[1], clamps[2], up_offset)
+    if params in (SILU, SWIGLU):
+        return params
+    limits = torch.tensor([params.gate_limit, params.act_limit, params.up_limit], dtype=dtype).tolist()
+    return params._replace(gate_limit=limits[0], act_limit=limits[1], up_limit=limits[2])
 
 
-def _run(flat_kernel, rows_kernel, inputs: tuple, outputs: tuple, gating: Gating) -> None:
+def _launch_for_layout(flat_kernel, rows_kernel, inputs: tuple, outputs: tuple, params: GLUParams) -> None:
     """Launch the kernel that suits the layout of the operands; all have one shape, absent ones are None."""
     operands = (*inputs, *outputs)
     present = [tensor for tensor in operands if tensor is not None]
@@ -216,11 +211,11 @@ def _run(flat_kernel, rows_kernel, inputs: tuple, outputs: tuple, gating: Gating
     if count == 0:
         return
     if all(tensor.is_contiguous() for tensor in present):
-        _launch(flat_kernel, -(-count // TILE.value), operands, count, gating, count % TILE.value == 0)
+        _launch(flat_kernel, -(-count // TILE.value), operands, count, params, count % TILE.value == 0)
         return
-    cuts = common_rows(present[0].shape, *(tensor.stride() for tensor in present))
+    cuts = common_layout(present[0].shape, *(tensor.stride() for tensor in present))
     if cuts is None:
-        _run_on_copies(flat_kernel, rows_kernel, inputs, outputs, gating)
+        _launch_on_copies(flat_kernel, rows_kernel, inputs, outputs, params)
         return
     rows, columns = cuts[0].rows, cuts[0].columns
     tile_columns = _tile_columns(columns)
@@ -229,17 +224,17 @@ def _run(flat_kernel, rows_kernel, inputs: tuple, outputs: tuple, gating: Gating
     even = rows % tile_rows == 0 and columns % tile_columns == 0
     remaining = iter(cuts)
     strides = [stride for tensor in operands for stride in ((0, 0) if tensor is None else next(remaining)[2:])]
-    _launch(rows_kernel, programs, operands, *strides, rows, columns, gating, tile_columns, even)
+    _launch(rows_kernel, programs, operands, *strides, rows, columns, params, tile_columns, even)
 
 
-def _run_on_copies(flat_kernel, rows_kernel, inputs: tuple, outputs: tuple, gating: Gating) -> None:
-    """`_run` for leading dimensions that lie at no regular stride, such as a transposed batch."""
+def _launch_on_copies(flat_kernel, rows_kernel, inputs: tuple, outputs: tuple, params: GLUParams) -> None:
+    """`_launch_for_layout` for leading dimensions that lie at no regular stride, such as a transposed batch."""
     inputs = tuple(None if tensor is None else tensor.contiguous() for tensor in inputs)
     copies = tuple(
         None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in outputs
     )
-    _run(flat_kernel, rows_kernel, inputs, copies, gating)
+    _launch_for_layout(flat_kernel, rows_kernel, inputs, copies, params)
     for tensor, copy in zip(outputs, copies, strict=True):
         if tensor is not None:
             tensor.copy_(copy)

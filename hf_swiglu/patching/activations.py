@@ -12,21 +12,21 @@ from transformers.activations import ACT2CLS, SiLUActivation
 
 from hf_swiglu import _compat
 from hf_swiglu.activation import SwiGLU
-from hf_swiglu.reference import SILU, SWIGLU, Gating
+from hf_swiglu.reference import SILU, SWIGLU, GLUParams
 
 _silu = F.silu
 _SIGMOIDS = (torch.sigmoid, F.sigmoid)
 _MULTIPLICATIONS = (torch.mul, torch.multiply)
 
 # The member of the family that a module of each class gates with.
-GATINGS: dict[type, Gating] = {nn.SiLU: SILU, SiLUActivation: SILU, SwiGLU: SWIGLU}
+ACTIVATION_PARAMS: dict[type, GLUParams] = {nn.SiLU: SILU, SiLUActivation: SILU, SwiGLU: SWIGLU}
 # Their own forwards, if they are: one that was replaced before this import is not known.
 _FORWARDS: dict[type, Callable[..., Any]] = {
-    cls: cls.forward for cls in GATINGS if cls.forward.__globals__["__name__"] == cls.__module__
+    cls: cls.forward
+    for cls in ACTIVATION_PARAMS
+    if cls.forward.__globals__["__name__"] == cls.__module__ and _compat.knows_hooks
 }
 _is_silu_original = getattr(_silu, "__globals__", {}).get("__name__") == "torch.nn.functional"
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Activations that make a gated MLP of another kind: GLU, GeGLU, ReGLU and so on.
 OTHER_FUNCTIONS = {
@@ -36,15 +36,15 @@ OTHER_FUNCTIONS = {
 ACTIVATION_CLASSES = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()} | {SwiGLU}
 
 
-def fusable(activation: object, multiply: object = torch.mul) -> Gating | None:
+def fusable(activation: object, multiply: object = torch.mul) -> GLUParams | None:
     """The member of the family that a call of `activation`, as it is at this moment, stands for.
 
     None for every other callable, and for one that was hooked, that has another forward on the instance or on its
     class, or that works in place. `multiply` is the function that multiplies, where it is not the operator.
     """
     cls = type(activation)
-    gating = GATINGS.get(cls)
-    if gating is None:
+    params = ACTIVATION_PARAMS.get(cls)
+    if params is None:
         is_silu = activation is _silu and _is_silu_original and multiply in _MULTIPLICATIONS
         return SILU if is_silu else None
     state = activation.__dict__
@@ -65,7 +65,7 @@ def fusable(activation: object, multiply: object = torch.mul) -> Gating | None:
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
     )
-    return None if has_hooks and not has_no_hooks(state, _only_gathers) else gating
+    return None if has_hooks and not has_no_hooks(state, _only_gathers) else params
 
 
 def is_sigmoid(function: object) -> bool:
@@ -73,16 +73,16 @@ def is_sigmoid(function: object) -> bool:
     return function in _SIGMOIDS
 
 
-def gating_of(activation: object) -> Gating | None:
+def params_of(activation: object) -> GLUParams | None:
     """What `fusable` returns while nothing is hooked or replaced."""
     if activation is _silu:
         return SILU
-    return None if getattr(activation, "inplace", False) else GATINGS.get(type(activation))
+    return None if getattr(activation, "inplace", False) else ACTIVATION_PARAMS.get(type(activation))
 
 
 def has_no_hooks(state: Mapping[str, Any], allowed: Callable[[Callable], bool]) -> bool:
     """Whether the module with this `__dict__` has no hooks but those that are allowed."""
-    return all(allowed(hook) for kind in _HOOKS for hook in state[kind].values())
+    return all(allowed(hook) for kind in _compat.HOOKS for hook in state[kind].values())
 
 
 def _only_gathers(hook: Callable) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 
+from hf_swiglu import _compat
 from hf_swiglu.patching import fusing, recompute
 from hf_swiglu.patching.activations import fusable
 from hf_swiglu.patching.recognition import Choice
@@ -187,7 +188,7 @@ def bound_forwards(module: nn.Module) -> list[str]:
     `forward` after it was taken off."""
     return [
         name
-        for name in ("forward", "_old_forward")
+        for name in ("forward", _compat.ACCELERATE_FORWARD)
         if getattr(vars(module).get(name), "__func__", None) is type(module).forward
     ]
 

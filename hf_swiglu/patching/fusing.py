@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hf_swiglu import direct, functional, reference
+from hf_swiglu import dispatch, reference
 from hf_swiglu.patching.activations import fusable, has_no_hooks, is_sigmoid
 from hf_swiglu.patching.ownership import counts, mark_written, may_be_written, owned_counts
-from hf_swiglu.reference import LAYOUTS, Gating
+from hf_swiglu.reference import LAYOUTS, GLUParams
 
 # To find out takes 2 us of a call, where a new tensor of 4,096 elements takes 1 (torch 2.13, Xeon with AVX-512).
 SMALLEST_REUSED = 4096
@@ -24,27 +24,25 @@ SMALLEST_REUSED = 4096
 Activation = Callable[[Tensor], Tensor]
 
 
-def gated(gating: Gating, activation: Activation, gate: Tensor, up: Tensor, last_use: bool) -> Tensor:
-    """`activation(gate) * up`, for an activation that `fusable` has called `gating`."""
+def gated(params: GLUParams, activation: Activation, gate: Tensor, up: Tensor, last_use: bool) -> Tensor:
+    """`activation(gate) * up`, for an activation that `fusable` has called `params`."""
     if type(gate) is not Tensor or type(up) is not Tensor:
         return activation(gate) * up
     if gate.numel() > SMALLEST_REUSED and may_be_written(gate, up) and counts(gate) == owned_counts(last_use):
-        return _over_gate(gate, up, gating)
-    product = direct.product(gate, up, gating)
-    return functional.gated_product(gate, up, gating) if product is None else product
+        return _over_gate(gate, up, params)
+    return dispatch.swiglu(gate, up, params)
 
 
 def times(
     up: Tensor, activation: Activation, gate: Tensor, last_use: bool, multiply: Callable = operator.mul
 ) -> Tensor:
     """`up * activation(gate)`, evaluated in this order."""
-    gating = fusable(activation) if multiply is operator.mul else fusable(activation, multiply)
-    if gating is None or type(gate) is not Tensor or type(up) is not Tensor:
+    params = fusable(activation) if multiply is operator.mul else fusable(activation, multiply)
+    if params is None or type(gate) is not Tensor or type(up) is not Tensor:
         return multiply(up, activation(gate))
     if gate.numel() > SMALLEST_REUSED and may_be_written(gate, up) and counts(gate) == owned_counts(last_use):
-        return _over_gate(gate, up, gating)
-    product = direct.product(gate, up, gating)
-    return functional.gated_product(gate, up, gating) if product is None else product
+        return _over_gate(gate, up, params)
+    return dispatch.swiglu(gate, up, params)
 
 
 def family(
@@ -56,7 +54,7 @@ def family(
     act_limit: object = math.inf,
     up_limit: object = math.inf,
     up_offset: object = 0.0,
-) -> Gating | None:
+) -> GLUParams | None:
     """The member of the family with these limits as they are now; None where one is no number, or not fusable.
 
     Swish is `activation`, or written out with `sigmoid` where `activation` is None.
@@ -64,28 +62,27 @@ def family(
     if activation is None:
         power = 1 if is_sigmoid(sigmoid) else 0
     else:
-        gating = fusable(activation)
-        power = gating.power if gating is not None else 0
+        params = fusable(activation)
+        power = params.power if params is not None else 0
     limits = (alpha, gate_limit, act_limit, up_limit, up_offset)
     if not power or not all(type(limit) in (int, float) for limit in limits):
         return None
-    gating = Gating(power, *map(float, limits))  # type: ignore[arg-type]
+    params = GLUParams(power, *map(float, limits))  # type: ignore[arg-type]
     # A negative limit, or NaN, is left to PyTorch.
-    return gating if gating.up_limit >= 0 and not any(map(math.isnan, gating)) else None
+    return params if params.up_limit >= 0 and not any(map(math.isnan, params)) else None
 
 
-def chained(gating: Gating, activation: Activation | None, last_use: bool, *, gate: Tensor, up: Tensor) -> Tensor:
+def chained(params: GLUParams, activation: Activation | None, last_use: bool, *, gate: Tensor, up: Tensor) -> Tensor:
     """The product of a `matching.Chain` with gate and up in two tensors."""
-    if type(gate) is not Tensor or type(up) is not Tensor or _rounds_otherwise(gating, activation, gate):
-        return _plain(gating, activation, gate, up)
+    if type(gate) is not Tensor or type(up) is not Tensor or _rounds_otherwise(params, activation, gate):
+        return _plain(params, activation, gate, up)
     if gate.numel() > SMALLEST_REUSED and may_be_written(gate, up) and counts(gate) == owned_counts(last_use):
-        return _over_gate(gate, up, gating)
-    product = direct.product(gate, up, gating)
-    return functional.gated_product(gate, up, gating) if product is None else product
+        return _over_gate(gate, up, params)
+    return dispatch.swiglu(gate, up, params)
 
 
 def packed(
-    gating: Gating,
+    params: GLUParams,
     activation: Activation | None,
     gate_up: Tensor,
     layout: str,
@@ -94,8 +91,8 @@ def packed(
     path: str = "",
 ) -> Tensor:
     """The product of a `matching.Chain` with gate and up in one tensor; `module.path`, if known, takes the product."""
-    if type(gate_up) is not Tensor or _rounds_otherwise(gating, activation, gate_up):
-        return _plain(gating, activation, *LAYOUTS[layout](gate_up))
+    if type(gate_up) is not Tensor or _rounds_otherwise(params, activation, gate_up):
+        return _plain(params, activation, *LAYOUTS[layout](gate_up))
     if (
         module is not None
         and gate_up.numel() > SMALLEST_REUSED
@@ -104,24 +101,24 @@ def packed(
         and _reads_rows_in_place(operator.attrgetter(path)(module))
     ):
         gate, up = LAYOUTS[layout](gate_up)
-        return _over_gate(gate, up, gating)
-    return functional.packed_product(gate_up, gating, layout)
+        return _over_gate(gate, up, params)
+    return dispatch.swiglu_packed(gate_up, params, layout)
 
 
-def _over_gate(gate: Tensor, up: Tensor, gating: Gating) -> Tensor:
-    result = functional.product_into_gate(gate, up, gating)
+def _over_gate(gate: Tensor, up: Tensor, params: GLUParams) -> Tensor:
+    result = dispatch.swiglu_inplace(gate, up, params)
     if result is gate:
         mark_written(gate)
     return result
 
 
-def _rounds_otherwise(gating: Gating, activation: Activation | None, gate: Tensor) -> bool:
+def _rounds_otherwise(params: GLUParams, activation: Activation | None, gate: Tensor) -> bool:
     """Whether swish is written out as `g * sigmoid(g)`: in 16 bits two roundings, where the kernels have SiLU's one."""
-    return activation is None and gating.alpha == 1.0 and gate.dtype in (torch.bfloat16, torch.float16)
+    return activation is None and params.alpha == 1.0 and gate.dtype in (torch.bfloat16, torch.float16)
 
 
-def _plain(gating: Gating, activation: Activation | None, gate: Tensor, up: Tensor) -> Tensor:
-    return reference.product(gate, up, gating, activation or reference.written_swish(gating.alpha))
+def _plain(params: GLUParams, activation: Activation | None, gate: Tensor, up: Tensor) -> Tensor:
+    return reference.swiglu_fwd(gate, up, params, activation or reference.written_swish(params.alpha))
 
 
 def _reads_rows_in_place(down: object) -> bool:

@@ -10,7 +10,7 @@ A `Chain` is a product with what stands around gate and up in the statements bef
     gate = gate.clamp(max=self.limit)
     return self.down_proj(self.act_fn(gate) * up)
 
-It is one member of the family in `reference.Gating`, and its packed tensor need not be cut. Each name that it leaves
+It is one member of the family in `reference.GLUParams`, and its packed tensor need not be cut. Each name that it leaves
 out is used by it alone.
 """
 
@@ -51,7 +51,7 @@ class Chain:
     # The one of the two is None: swish is called as an activation, or written out with a sigmoid.
     activation: ast.expr | None
     sigmoid: ast.expr | None
-    # Expressions of the fields of `reference.Gating` that are not its defaults.
+    # Expressions of the fields of `reference.GLUParams` that are not its defaults.
     limits: dict[str, ast.expr]
     up_first: bool
     # Gate and up, or one tensor with both.

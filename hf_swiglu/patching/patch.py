@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_swiglu import _compat
 from hf_swiglu.patching import classes, swap
 from hf_swiglu.patching.classes import FusedModule
 from hf_swiglu.patching.recognition import Found
@@ -141,7 +142,7 @@ def _planned(name: str, module: nn.Module, found: Found, recompute: bool) -> _Pl
         if wrapper is not None:
             reason = f"it was fused with other options, and then wrapped by {wrapper}"
             return _Planned(entry(SKIPPED, reason), module, found)
-    if {"forward", "_old_forward"} & vars(module).keys() and not classes.bound_forwards(module):
+    if {"forward", _compat.ACCELERATE_FORWARD} & vars(module).keys() and not classes.bound_forwards(module):
         reason = "its forward was replaced on the instance, by something other than accelerate's hooks"
         return _Planned(entry(SKIPPED, reason), module, found)
     original = classes.original_class(type(module)) if isinstance(module, FusedModule) else type(module)

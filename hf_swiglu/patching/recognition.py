@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import nn
 
-from hf_swiglu.patching.activations import ACTIVATION_CLASSES, OTHER_FUNCTIONS, gating_of, is_sigmoid
+from hf_swiglu.patching.activations import ACTIVATION_CLASSES, OTHER_FUNCTIONS, is_sigmoid, params_of
 from hf_swiglu.patching.flow import same
 from hf_swiglu.patching.matching import Chain, Gated
 from hf_swiglu.patching.methods import UNKNOWN, Method, value_of
-from hf_swiglu.reference import SILU, Gating
+from hf_swiglu.reference import SILU, GLUParams
 
 Reading = Gated | Chain
 
@@ -47,14 +47,14 @@ class Found:
     # The name of the activation among the module's children, if it is one.
     child: str | None
     # None for a gate that is activated by something else, or a module that only looks like a gated MLP.
-    gating: Gating | None
+    params: GLUParams | None
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class _Activation:
     name: str
-    gating: Gating | None
+    params: GLUParams | None
     child: str | None
 
 
@@ -70,7 +70,7 @@ def recognise(module: nn.Module, methods: Iterable[Method]) -> Found | None:
                 activation = _activation(reading, method, module)
                 if activation is None or not _is_of_projections(reading, method, module):
                     continue
-                if activation.gating is None:
+                if activation.params is None:
                     others.append((reading, method, activation))
                 elif not _overlaps(reading, chosen):
                     chosen.append(reading)
@@ -81,7 +81,7 @@ def recognise(module: nn.Module, methods: Iterable[Method]) -> Found | None:
     if first is not None:
         reading, method, activation = first
         kind = _kind(reading, method, module)
-        return Found(tuple(choices), kind, activation.name, activation.child, activation.gating)
+        return Found(tuple(choices), kind, activation.name, activation.child, activation.params)
     for reading, method, activation in others:
         if activation.child is not None or _has_gated_shapes(module):
             reason = f"its gate's activation is {activation.name}, not SiLU or SwiGLU"
@@ -114,8 +114,8 @@ def _activation(reading: Reading, method: Method, module: nn.Module) -> _Activat
     if not isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)):
         return None
     name = getattr(value, "__name__", str(value))
-    if gating_of(value) is not None:
-        return _Activation(name, gating_of(value), None)
+    if params_of(value) is not None:
+        return _Activation(name, params_of(value), None)
     # Any function may be an activation of the user's own; one that multiplies matrices is none.
     is_stored = child is not None and not hasattr(type(module), child)
     known = value in OTHER_FUNCTIONS or is_stored or (value.__module__ or "").partition(".")[0] not in ("torch", "")
@@ -124,9 +124,9 @@ def _activation(reading: Reading, method: Method, module: nn.Module) -> _Activat
 
 def _module_activation(value: nn.Module, child: str | None) -> _Activation | None:
     cls = type(value)
-    if gating_of(value) is not None:
-        return _Activation(cls.__name__, gating_of(value), child if child is None or "[" not in child else None)
-    if getattr(value, "inplace", False) and gating_of(type(value)()) is not None:
+    if params_of(value) is not None:
+        return _Activation(cls.__name__, params_of(value), child if child is None or "[" not in child else None)
+    if getattr(value, "inplace", False) and params_of(type(value)()) is not None:
         return _Activation(f"{cls.__name__} in place", None, child)
     is_activation = cls in ACTIVATION_CLASSES or cls.__module__ == nn.SiLU.__module__
     # One of the user's own has no weights, as norms and projections have.

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_swiglu import _compat, autograd
 from hf_swiglu.patching.activations import has_no_hooks
@@ -62,7 +61,7 @@ def leaves_its_input_alone(module: nn.Module) -> bool:
 def _is_trusted(module: nn.Module) -> bool:
     state, cls = vars(module), type(module)
     # accelerate's wrapper of forward runs a hook, which may be a user's, or several.
-    hook = state.get("_hf_hook")
+    hook = state.get(_compat.ACCELERATE_HOOK)
     if not all(
         map(_comes_from_trusted, (type(each) for each in (hook, *getattr(hook, "hooks", ())) if each is not None))
     ):
@@ -96,9 +95,9 @@ def _hooks(node, product: Tensor) -> tuple[Callable, Callable]:
         return _Recomputed(autograd.recomputation(node, holds_tensors=outer is None), shape, dtype, tensor)
 
     def pack(tensor: Tensor):
-        if is_traceable_wrapper_subclass(tensor):
+        if _compat.is_wrapper_subclass(tensor):
             # A DTensor of tensor parallelism has the product inside.
-            names, context = tensor.__tensor_flatten__()
+            names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
             parts = {name: getattr(tensor, name) for name in names}
             tensors = [name for name, part in parts.items() if isinstance(part, Tensor)]
             if len(tensors) == 1 and is_product(parts[tensors[0]]):

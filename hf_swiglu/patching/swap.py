@@ -12,12 +12,12 @@ import transformers
 from torch import nn
 from transformers.activations import ACT2CLS, ACT2FN
 
-from hf_swiglu.patching.activations import ACTIVATION_CLASSES, GATINGS
+from hf_swiglu.patching.activations import ACTIVATION_CLASSES, ACTIVATION_PARAMS
 from hf_swiglu.patching.recognition import Found
 
 _logger = logging.getLogger(__name__)
 
-# By the power of the gate in the product: `reference.Gating`.
+# By the power of the gate in the product: `reference.GLUParams`.
 ACTIVATIONS = {"silu": 1, "swiglu": 2}
 
 # Where a swapped module keeps what it had: in `__dict__`, past nn.Module's own bookkeeping; copies take it along. The
@@ -40,8 +40,8 @@ def swapped(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], acti
     names: list[str] = []
     try:
         for name, module, found in surveyed:
-            is_gated = found.gating is not None or found.child is not None
-            if not is_gated or (found.gating and found.gating.power == ACTIVATIONS[activation]):
+            is_gated = found.params is not None or found.child is not None
+            if not is_gated or (found.params and found.params.power == ACTIVATIONS[activation]):
                 continue
             done.append((module, _swap(model, name, module, _swappable_child(name, module, found), activation)))
             names.append(name)
@@ -128,7 +128,9 @@ def _activation_entries(config: object | None, activation_type: type) -> list[tu
 def _same_activation(name: str, activation_type: type) -> bool:
     entry = ACT2CLS.get(name)
     cls = entry[0] if isinstance(entry, tuple) else entry
-    return cls is activation_type or (cls in GATINGS and GATINGS.get(cls) is GATINGS.get(activation_type))
+    return cls is activation_type or (
+        cls in ACTIVATION_PARAMS and ACTIVATION_PARAMS.get(cls) is ACTIVATION_PARAMS.get(activation_type)
+    )
 
 
 def _check_reload(model: nn.Module, names: list[str], activation: str) -> None:
@@ -178,7 +180,9 @@ def _rebuilt(owner: transformers.PreTrainedModel) -> nn.Module | None:
 
 
 def _computes_alike(present: type, rebuilt: type) -> bool:
-    return present is rebuilt or (present in GATINGS and GATINGS[present] is GATINGS.get(rebuilt))
+    return present is rebuilt or (
+        present in ACTIVATION_PARAMS and ACTIVATION_PARAMS[present] is ACTIVATION_PARAMS.get(rebuilt)
+    )
 
 
 def _warn_of_adapters(model: nn.Module, activation: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from hf_swiglu import _compat
 from hf_swiglu.patching.classes import FusedModule, original_class, set_class, wrapper_of
 from hf_swiglu.patching.recognition import Found
 from hf_swiglu.patching.survey import survey
@@ -79,7 +80,7 @@ def _candidates(module: nn.Module, found: Found) -> Iterator[tuple[Callable[[Ten
     """The module itself with each width that it could take, then methods that take one packed tensor."""
     tensors = [*module.parameters(), *module.buffers()]
     # accelerate's hooks bring offloaded weights in, which lie on the meta device between calls.
-    hooked = any("_old_forward" in vars(child) for child in module.modules())
+    hooked = any(_compat.ACCELERATE_FORWARD in vars(child) for child in module.modules())
     if any(tensor.is_meta for tensor in tensors) and not hooked:
         raise ValueError("patch_model: verify=True runs the model's MLPs, but its weights are on the meta device")
     floating = [tensor for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta]

@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 
-class Rows(NamedTuple):
+class Layout(NamedTuple):
     """A tensor as `rows` runs of `columns` elements, with both strides counted in elements."""
 
     rows: int
@@ -17,22 +17,22 @@ class Rows(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def common_rows(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[Rows, ...] | None:
+def common_layout(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[Layout, ...] | None:
     """The rows of several tensors of one shape, cut alike; None when one of them cannot be cut so.
 
     Shapes come again and again, and this would take as long as the product of 10,000 elements.
     """
     if all(stride == strides[0] for stride in strides) and _is_dense(shape, strides[0]):
         count = math.prod(shape)
-        return (Rows(1, count, count, 1),) * len(strides)
+        return (Layout(1, count, count, 1),) * len(strides)
     cut = [rows for stride in strides if (rows := as_rows(shape, stride)) is not None]
     return tuple(cut) if len(cut) == len(strides) else None
 
 
-def as_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> Rows | None:
+def as_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout | None:
     """The rows of a tensor, or None when its leading dimensions do not lie at one regular stride."""
     if not shape:
-        return Rows(1, 1, 1, 1)
+        return Layout(1, 1, 1, 1)
     *lead_sizes, columns = shape
     *lead_strides, column_stride = strides
     rows, row_stride = 1, 0
@@ -44,7 +44,7 @@ def as_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> Rows | None:
         elif stride != rows * row_stride:
             return None
         rows *= size
-    return Rows(rows, columns, row_stride, column_stride)
+    return Layout(rows, columns, row_stride, column_stride)
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

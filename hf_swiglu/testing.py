@@ -1,0 +1,132 @@
+"""What tests of fused MLPs need: the tolerance, a counter of kernel calls, and kernels at every size.
+
+    error(result) <= 1.5 * error(eager) + 1e-6
+
+where `eager` is plain PyTorch in the dtype of the result and the error is the root mean square of the difference from
+float64. In bfloat16 and float16 results are compared in bits instead, with `torch.equal`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hf_swiglu import backends, dispatch
+
+# Error allowed for each unit of eager's, and for rounding where eager happens to be exact.
+RATIO, FLOOR = 1.5, 1e-6
+
+
+def why_not_close(result: Tensor, eager: Tensor, exact: Tensor) -> str | None:
+    """Why `result` is not within the tolerance of the float64 `exact`, or None.
+
+    What `exact` makes NaN or infinite in the dtype of the result must be the same NaN or infinity there. Elements at
+    which eager overflows on the way are left out of its error.
+
+    Example:
+        >>> import torch
+        >>> from hf_swiglu import swiglu
+        >>> from hf_swiglu.testing import why_not_close
+        >>> x = torch.linspace(-6, 6, 1000)
+        >>> why_not_close(swiglu(x), x * torch.nn.functional.silu(x), x.double() ** 2 * torch.sigmoid(x.double()))
+        >>> why_not_close(torch.nn.functional.gelu(x), x, x.double())
+        'root mean square error 1.3e-01 against float64; 1.0e-06 is allowed in torch.float32'
+    """
+    if result.dtype != eager.dtype or result.shape != exact.shape:
+        given = f"{tuple(result.shape)} {result.dtype}"
+        return f"it is {given}; expected {tuple(exact.shape)} {eager.dtype}"
+    expected = exact.to(result.dtype)
+    finite = expected.isfinite()
+    same = (result == expected) | (result.isnan() & expected.isnan())
+    if not bool((result.isfinite() == finite).all()) or not bool(same[~finite].all()):
+        return "it is NaN or infinite at other elements than float64, or otherwise"
+    comparable = finite & eager.isfinite()
+    error = _root_mean_square(result[finite].double() - exact[finite])
+    allowed = RATIO * _root_mean_square(eager[comparable].double() - exact[comparable]) + FLOOR
+    if error <= allowed:
+        return None
+    return f"root mean square error {error:.1e} against float64; {allowed:.1e} is allowed in {result.dtype}"
+
+
+def assert_close(result: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Raise an AssertionError that says why `result` is not within the tolerance, if it is not."""
+    reason = why_not_close(result, eager, exact)
+    if reason is not None:
+        raise AssertionError(reason)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: "swiglu_fwd", "swiglu_packed_fwd" or "swiglu_bwd", and its tensors in the operator's
+    order."""
+
+    kernel: str
+    tensors: tuple[Tensor | None, ...]
+
+
+@contextlib.contextmanager
+def counted_launches(device: str = "cpu") -> Iterator[list[Launch]]:
+    """Inside, every kernel launch of this process on `device` ("cpu", or "cuda" and "xpu", which share one backend) is
+    appended to the list.
+
+    Example:
+        >>> import torch
+        >>> from hf_swiglu import swiglu
+        >>> from hf_swiglu.testing import counted_launches
+        >>> with counted_launches() as launches:
+        ...     _ = swiglu(torch.ones(4, 1024))
+        >>> [launch.kernel for launch in launches]
+        ['swiglu_fwd']
+    """
+    launches: list[Launch] = []
+    module: Any = backends.cpu_kernels() if device == "cpu" else backends.triton_kernels()
+    saved = module.swiglu_fwd, module.swiglu_bwd, dispatch._c_kernel
+
+    def counting(name: str, kernel):
+        def launch(*operands):
+            launches.append(Launch(name, operands[:-1]))
+            return kernel(*operands)
+
+        return launch
+
+    def counting_c_kernel(name: str):
+        kernel = saved[2](name)
+
+        def launch(threads, power, limits, *tensors):
+            # What it does not take goes on to the functions above.
+            taken = kernel(threads, power, limits, *tensors)
+            if taken:
+                launches.append(Launch(name, tensors))
+            return taken
+
+        return None if kernel is None else launch
+
+    module.swiglu_fwd, module.swiglu_bwd = (counting(f.__name__, f) for f in saved[:2])
+    if device == "cpu":
+        dispatch._c_kernel = counting_c_kernel  # type: ignore[assignment]
+    try:
+        yield launches
+    finally:
+        module.swiglu_fwd, module.swiglu_bwd, dispatch._c_kernel = saved
+
+
+@contextlib.contextmanager
+def kernels_at_every_size(smallest: int = 0) -> Iterator[None]:
+    """Inside, kernels run for more than `smallest` elements, instead of where they are faster than eager PyTorch."""
+    tables = dispatch.SMALLEST_KERNEL, dispatch.SMALLEST_DIFFERENTIATED
+    saved = [dict(table) for table in tables]
+    for table in tables:
+        table.update(dict.fromkeys(table, smallest))
+    try:
+        yield
+    finally:
+        for table, before in zip(tables, saved):
+            table.update(before)
+
+
+def _root_mean_square(difference: Tensor) -> float:
+    return difference.square().mean().sqrt().item() if difference.numel() else 0.0
