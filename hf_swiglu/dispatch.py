@@ -28,8 +28,8 @@ from hf_swiglu.reference import LAYOUTS, SILU, GLUParams
 # float32 and bfloat16, 2 threads: with a backward 0.95 to 1.03 and 1.03 to 1.20 at 12,288 elements, 1.02 to 1.08 and
 # 1.13 to 1.30 at 16,384 (EPYC 9004, packed and separate); without one 0.94 and 1.28 at 8,192, 1.16 and 1.56 at 12,288
 # (EPYC 7003).
-SMALLEST_KERNEL = {"cpu": 10_000, "cuda": 0, "xpu": 0}
-SMALLEST_DIFFERENTIATED = {"cpu": 12_288, "cuda": 0, "xpu": 0}
+SMALLEST_KERNEL = {"cpu": 10_000, "cuda": 0, "xpu": 0, "meta": 0}
+SMALLEST_DIFFERENTIATED = {"cpu": 12_288, "cuda": 0, "xpu": 0, "meta": 0}
 
 # Raises for arguments that a public function does not take, and returns them in one dtype.
 Check = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]

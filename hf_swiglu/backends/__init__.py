@@ -51,6 +51,8 @@ def unavailable(device: str) -> str | None:
         if importlib.util.find_spec("hf_swiglu.backends._cpu_kernels") is None:
             return "the C extension was not built when the package was installed (no working C compiler was found)"
         return None
+    if device == "meta":
+        return None
     if device not in ("cuda", "xpu"):
         return f"there is no kernel for {device} devices"
     if importlib.util.find_spec("triton") is None:
@@ -71,7 +73,9 @@ def _triton_version() -> str:
 
 def kernels(tensor: Tensor) -> ModuleType:
     """The module with `swiglu_fwd` and `swiglu_bwd` for this tensor's device."""
-    return cpu_kernels() if tensor.is_cpu else triton_kernels()
+    if tensor.is_cpu:
+        return cpu_kernels()
+    return _meta_kernels() if tensor.is_meta else triton_kernels()
 
 
 @functools.cache
@@ -82,3 +86,8 @@ def cpu_kernels() -> ModuleType:
 @functools.cache
 def triton_kernels() -> ModuleType:
     return importlib.import_module("hf_swiglu.backends.triton")
+
+
+@functools.cache
+def _meta_kernels() -> ModuleType:
+    return importlib.import_module("hf_swiglu.backends.meta")
