@@ -1,4 +1,4 @@
-"""The product as a node of autograd's graph: what it keeps for backward, and how it is computed again."""
+"""The product as a node of autograd's graph: what it saves for backward, and how it is computed again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SwiGLUFunction(torch.autograd.Function):
 
 
 class PackedSwiGLUFunction(torch.autograd.Function):
-    """Saves the packed tensor, and writes both parts of its gradient in place."""
+    """Saves the packed tensor; backward writes both halves of its gradient into one tensor."""
 
     @staticmethod
     def forward(ctx, gate_up, params, layout):
@@ -70,9 +70,10 @@ _without_compiler = functools.cache(lambda function: torch.compiler.disable(func
 
 
 def _untraced(function: Callable, *args):
-    """`function(*args)`, which compiled autograd is not to trace: what it asks has other answers under a tracer.
+    """`function(*args)`, untraced by compiled autograd: proofs of ownership and version counters do not hold for traced
+    tensors.
 
-    `torch.compiler.disable` imports the compiler, so it waits until something else has.
+    `torch.compiler.disable` imports the compiler, so it is applied only once the compiler has been imported.
     """
     return (_without_compiler(function) if "torch._dynamo" in sys.modules else function)(*args)
 
@@ -81,7 +82,7 @@ _untraced._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _needs_plain_gradients(grad: Tensor, saved: tuple) -> bool:
-    """Whether gradients of gradients are asked for, or a batch of them at once, or grad is not what its memory says."""
+    """Whether backward is differentiated or batched itself, or grad is a view with a pending negation."""
     tensors = (grad, *(tensor for tensor in saved if tensor is not None))
     return (
         # Compiled autograd leaves gradients enabled, for tensors that require none.
@@ -93,14 +94,14 @@ def _needs_plain_gradients(grad: Tensor, saved: tuple) -> bool:
 
 
 def _is_plain(tensor: Tensor | None, grad: Tensor) -> bool:
-    """Whether a kernel may read a saved tensor: a hook may have returned a subclass, or one that lies elsewhere."""
+    """Whether a kernel may read a saved tensor: a hook may have returned a subclass, or moved it to another device."""
     return tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == grad.device)
 
 
 def _plain_gradients(node, saved: tuple, grad: Tensor) -> list[Tensor | None]:
     """PyTorch's own gradients of the plain formula, which can be differentiated and batched again.
 
-    Through fresh views: gate may be made from up, or be the same tensor, and autograd would follow it there.
+    With respect to new views: gate may be computed from up, or be the same tensor, which would add to the gradient.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -122,9 +123,9 @@ def can_recompute(node: object) -> bool:
 def recomputation(node, *, holds_tensors: bool) -> Callable[[], Tensor]:
     """A function that computes the product of `node` again.
 
-    Where saved-tensor hooks are active it asks the node, so that gate and up stay with whatever packed them: gradient
-    checkpointing drops them after forward, `save_on_cpu` moves them away. Elsewhere it `holds_tensors`: compiled
-    autograd frees the nodes before it runs backward.
+    Where saved-tensor hooks are active it unpacks the node's saved tensors when it runs: gradient checkpointing drops
+    them after forward, `save_on_cpu` moves them. Elsewhere it `holds_tensors` itself: compiled autograd frees nodes
+    before it runs backward.
     """
     if not holds_tensors:
         return lambda: new_product(*_gate_and_up(node, *_unpack(node)), node.params)
