@@ -18,7 +18,7 @@ class SwiGLU(nn.Module):
 
         SwiGLU(x) = x * swish(x) = x * (x * sigmoid(x))
 
-    Smooth; zero at zero, a small positive bump for small negative inputs (at most 0.2288 at x = -2.22), and close to
+    Smooth; zero at zero, a small positive bump for small negative inputs (at most 0.4828 at x = -2.218), and close to
     x^2 for large positive ones. Shape and dtype are kept, so it stands wherever GELU or SiLU does. Gated SwiGLU of two
     tensors, after Shazeer (2020, https://arxiv.org/abs/2002.05202), is `hf_swiglu.swiglu(gate, up)`.
 
