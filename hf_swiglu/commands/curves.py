@@ -61,51 +61,50 @@ def facts() -> list[Fact]:
     """What the specification says of SwiGLU, in numbers. Computed in float64, at steps of 1e-4 from -12 to 12."""
     x = torch.arange(-120_000, 120_001, dtype=torch.float64) / 10_000
     ours, gelu, swish = (curve(name, x) for name in ("SwiGLU", "GELU", "swish"))
-    negative, positive = x < 0, x > 0
-    bump = int(torch.where(negative, ours.value, 0).argmax())
-    steepest = int(ours.slope.argmin())
-    over_gelu = _last_below(x, ours.value - gelu.value)
-    over_identity = _last_below(x, ours.value - x)
-    over_swish = _last_below(x, ours.value - swish.value)
-    slope_over_one = _last_below(x, ours.slope - 1)
-    vanishing = {
-        name: -x[negative & (c.slope.abs() > 0.01)][0].item() for name, c in (("SwiGLU", ours), ("GELU", gelu))
-    }
+    negative = x < 0
+    bump, steepest = int(torch.where(negative, ours.value, 0).argmax()), int(ours.slope.argmin())
+    over_gelu, over_identity, over_swish = (
+        _last_below(x, ours.value - other) for other in (gelu.value, x, swish.value)
+    )
+    alive = {name: x[negative & (c.slope.abs() > 0.01)][0] for name, c in (("SwiGLU", ours), ("GELU", gelu))}
+    at = {value: int((x - value).abs().argmin()) for value in (-6, 2, 6)}
     largest = _largest_finite(torch.float16)
-    return [
-        Fact(
+    compared = [f"{ours.value[at[v]]:.3g} against {gelu.value[at[v]]:.3g} at {v}" for v in (2, 6)]
+    rows = [
+        (
             "small positive output for slightly negative inputs",
-            f"at most {ours.value[bump]:.4f}, at x = {x[bump]:.3f}; {_at(ours, x, -6):.3f} at -6",
+            f"at most {ours.value[bump]:.4f}, at x = {x[bump]:.3f}; {ours.value[at[-6]]:.3f} at -6",
             "all x < 0",
         ),
-        Fact(
+        (
             "slightly stronger than GELU for positive inputs",
-            f"above GELU from x = {over_gelu:.3f} on; {_at(ours, x, 2):.2f} against {_at(gelu, x, 2):.2f} at 2, "
-            f"{_at(ours, x, 6):.1f} against {_at(gelu, x, 6):.1f} at 6",
+            f"above GELU from x = {over_gelu:.3f} on; {', '.join(compared)}",
             f"x > {over_gelu:.3f}; not slightly for large x, where it grows as x^2",
         ),
-        Fact(
+        (
             "strong for positive inputs",
-            f"above swish from x = {over_swish:.3f} on, above x from {over_identity:.3f} on; slope {_slope_at(ours, x, 2):.2f} at 2",
+            f"above swish from {over_swish:.3f} on, above x from {over_identity:.3f}; "
+            f"slope {ours.slope[at[2]]:.2f} at 2",
             f"x > {over_identity:.3f}; below x before",
         ),
-        Fact(
+        (
             "smooth, with a continuous gradient",
             f"second derivative between {ours.curvature.min():.3f} and {ours.curvature.max():.3f}, 1 at 0",
             "everywhere",
         ),
-        Fact(
+        (
             "kind to gradients",
-            f"slope over 0.01 in magnitude down to x = -{vanishing['SwiGLU']:.2f} (GELU: -{vanishing['GELU']:.2f}); "
+            f"slope over 0.01 in magnitude down to x = {alive['SwiGLU']:.2f} (GELU: {alive['GELU']:.2f}); "
             f"0 at x = 0 and at {x[bump]:.3f}, {ours.slope[steepest]:.3f} at {x[steepest]:.3f}",
-            f"the slope is over 1 from x = {slope_over_one:.3f} on, and grows as 2x",
+            f"the slope is over 1 from x = {_last_below(x, ours.slope - 1):.3f} on, and grows as 2x",
         ),
-        Fact(
+        (
             "usable in every dtype",
-            f"float16 overflows beyond |x| = {largest:g}; bfloat16 and float32 only beyond 1e19",
+            f"float16 overflows beyond x = {largest:g}; bfloat16 and float32 only beyond 1e19",
             f"x <= {largest:g} in float16",
         ),
     ]
+    return [Fact(*row) for row in rows]
 
 
 def table() -> Table:
@@ -150,14 +149,6 @@ def draw(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)
-
-
-def _at(curve: Curve, x: Tensor, at: float) -> float:
-    return curve.value[int((x - at).abs().argmin())].item()
-
-
-def _slope_at(curve: Curve, x: Tensor, at: float) -> float:
-    return curve.slope[int((x - at).abs().argmin())].item()
 
 
 def _last_below(x: Tensor, difference: Tensor) -> float:
