@@ -192,7 +192,7 @@ def compare_backward(params, gate, up, grad, gradients, plain_gradients):
     if gate.dtype != torch.float32:
         steps = [steps_apart(*pair) for pair in zip(gradients, plain_gradients)]
         assert len(steps) == 1 or not steps[1].any(), "the gradient of up"
-        # One step in the gradient of swish; where a self-gated gate adds two terms that cancel, a few: docs/numerics.md.
+        # One step in the gradient of swish; a few where two terms of a self-gated gate cancel: docs/numerics.md.
         if params.power == 1 and params.alpha == 1.0:
             assert not steps[0].numel() or steps[0].max() <= 1, "the gradient of gate"
         return
