@@ -1,4 +1,4 @@
-"""The CPU kernel by itself: every dtype, direction, member of the family, instruction set and memory layout."""
+"""The CPU kernel by itself: every dtype, direction, member of the family, CPU capability and memory layout."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_close_to_float64
 
 from hf_swiglu import reference
 from hf_swiglu.backends import unavailable
-from hf_swiglu.reference import SILU, SWIGLU, Gating
+from hf_swiglu.reference import SILU, SWIGLU, GLUParams
+from hf_swiglu.testing import assert_close
 
 if unavailable("cpu"):
     pytest.skip(f"no CPU kernel: {unavailable('cpu')}", allow_module_level=True)
@@ -21,17 +21,17 @@ if unavailable("cpu"):
 from hf_swiglu.backends import _cpu_kernels, cpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GPT_OSS = Gating(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0)
-STEP = Gating(power=2, act_limit=3.0, up_limit=2.0)
-GATINGS = {"silu": SILU, "swiglu": SWIGLU, "gpt_oss": GPT_OSS, "step": STEP}
+GPT_OSS = GLUParams(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0)
+STEP = GLUParams(power=2, act_limit=3.0, up_limit=2.0)
+MEMBERS = {"silu": SILU, "swiglu": SWIGLU, "gpt_oss": GPT_OSS, "step": STEP}
 
 
-@pytest.fixture(autouse=True, params=_cpu_kernels.supported_instruction_sets())
-def instruction_set(request):
-    before = _cpu_kernels.instruction_set()
-    _cpu_kernels.use_instruction_set(request.param)
+@pytest.fixture(autouse=True, params=_cpu_kernels.supported_cpu_capabilities())
+def capability(request):
+    before = _cpu_kernels.cpu_capability()
+    _cpu_kernels.use_cpu_capability(request.param)
     yield request.param
-    _cpu_kernels.use_instruction_set(before)
+    _cpu_kernels.use_cpu_capability(before)
 
 
 @pytest.fixture
@@ -51,36 +51,32 @@ def operands(*shape, dtype, has_up=True):
     return gate, random(*shape, dtype=dtype, seed=2) if has_up else None, grad
 
 
-def scalars(gating):
-    return (gating.power,) if gating in (SILU, SWIGLU) else (gating.power, list(gating[1:]))
-
-
-def kernel(gate, up, grad, gating):
+def kernel(gate, up, grad, params):
     """Outputs start as NaN, so that what is not written cannot pass."""
 
     def fresh():
         return torch.full(gate.shape, math.nan, dtype=gate.dtype)
 
     result = SimpleNamespace(out=fresh(), gate=fresh(), up=None if up is None else fresh())
-    cpu.product(gate, up, result.out, *scalars(gating))
-    cpu.product_backward(grad, gate, up, result.gate, result.up, *scalars(gating))
+    cpu.swiglu_fwd(gate, up, result.out, params)
+    cpu.swiglu_bwd(grad, gate, up, result.gate, result.up, params)
     return result
 
 
-def plain(gate, up, grad, gating):
+def plain(gate, up, grad, params):
     gate = gate.detach().clone().requires_grad_()
     up = None if up is None else up.detach().clone().requires_grad_()
-    out = reference.product(gate, up, gating)
+    out = reference.swiglu_fwd(gate, up, params)
     out.backward(grad)
     return SimpleNamespace(out=out.detach(), gate=gate.grad, up=None if up is None else up.grad)
 
 
-def assert_right(result, gate, up, grad, gating):
-    eager = plain(gate, up, grad, gating)
-    exact = plain(gate.double(), None if up is None else up.double(), grad.double(), gating)
+def assert_right(result, gate, up, grad, params):
+    eager = plain(gate, up, grad, params)
+    exact = plain(gate.double(), None if up is None else up.double(), grad.double(), params)
     for name in ("out", "gate", "up"):
         if getattr(exact, name) is not None:
-            assert_close_to_float64(getattr(result, name), getattr(eager, name), getattr(exact, name))
+            assert_close(getattr(result, name), getattr(eager, name), getattr(exact, name))
 
 
 def assert_same(result, expected):
@@ -90,19 +86,19 @@ def assert_same(result, expected):
 
 
 @pytest.mark.parametrize("has_up", [True, False])
-@pytest.mark.parametrize("gating", GATINGS.values(), ids=GATINGS)
+@pytest.mark.parametrize("params", MEMBERS.values(), ids=MEMBERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values_and_gradients(dtype, gating, has_up):
+def test_values_and_gradients(dtype, params, has_up):
     inputs = operands(37, 211, dtype=dtype, has_up=has_up)
-    assert_right(kernel(*inputs, gating), *inputs, gating)
+    assert_right(kernel(*inputs, params), *inputs, params)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_in_place_of_swish_is_noticed(dtype):
     gate, up, _ = operands(37, 211, dtype=dtype)
-    exact = reference.product(gate.double(), up.double())
+    exact = reference.swiglu_fwd(gate.double(), up.double())
     with pytest.raises(AssertionError, match="against float64"):
-        assert_close_to_float64(F.gelu(gate) * up, F.silu(gate) * up, exact)
+        assert_close(F.gelu(gate) * up, F.silu(gate) * up, exact)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -110,7 +106,7 @@ def test_the_gradient_of_every_16_bit_number(dtype):
     """A sigmoid that is not quite 1 would show next to a large gate."""
     gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     ones, grad_gate, grad_up = torch.ones_like(gate), torch.empty_like(gate), torch.empty_like(gate)
-    cpu.product_backward(ones, gate, ones, grad_gate, grad_up)
+    cpu.swiglu_bwd(ones, gate, ones, grad_gate, grad_up, SILU)
     leaf = gate.double().requires_grad_()
     F.silu(leaf).sum().backward()
     expected = leaf.grad
@@ -121,15 +117,15 @@ def test_the_gradient_of_every_16_bit_number(dtype):
     assert not wrong.any(), (gate[wrong][:5], grad_gate[wrong][:5], expected[wrong][:5])
 
 
-@pytest.mark.parametrize("gating", (SILU, SWIGLU), ids=("silu", "swiglu"))
-def test_special_values(gating):
+@pytest.mark.parametrize("params", (SILU, SWIGLU), ids=("silu", "swiglu"))
+def test_special_values(params):
     largest, tiny = torch.finfo(torch.float32).max, 1e-45
     values = [0.0, -0.0, tiny, -tiny, 1.0, -1.0, -80.0, 80.0, -100.0, largest, -largest, math.inf, -math.inf, math.nan]
     gate, up = (x.reshape(-1) for x in torch.meshgrid(*2 * [torch.tensor(values)], indexing="ij"))
     grad = torch.ones_like(gate)
-    result, expected = kernel(gate, up, grad, gating), plain(gate, up, grad, gating)
+    result, expected = kernel(gate, up, grad, params), plain(gate, up, grad, params)
     # With three factors their order decides what overflows: near the largest float only silu is compared.
-    compared = (up.abs() < 1e30) & ((gate.abs() < 1e30) | ~gate.isfinite()) | (gating == SILU)
+    compared = (up.abs() < 1e30) & ((gate.abs() < 1e30) | ~gate.isfinite()) | (params == SILU)
     for name in ("out", "gate", "up"):
         torch.testing.assert_close(
             getattr(result, name)[compared], getattr(expected, name)[compared], rtol=1e-6, atol=1e-30, equal_nan=True
@@ -154,8 +150,8 @@ def test_every_tail_writes_its_elements_and_no_others(dtype):
         gate, up, grad = operands(count, dtype=dtype)
         buffers = [torch.full((count + 64,), 123.0, dtype=dtype) for _ in range(3)]
         out, grad_gate, grad_up = (buffer[32 : 32 + count] for buffer in buffers)
-        cpu.product(gate, up, out)
-        cpu.product_backward(grad, gate, up, grad_gate, grad_up)
+        cpu.swiglu_fwd(gate, up, out, SILU)
+        cpu.swiglu_bwd(grad, gate, up, grad_gate, grad_up, SILU)
         for buffer in buffers:
             assert (buffer[:32] == 123).all() and (buffer[32 + count :] == 123).all(), count
         assert_right(SimpleNamespace(out=out, gate=grad_gate, up=grad_up), gate, up, grad, SILU)
@@ -179,16 +175,16 @@ def heads_swapped(x, y):
 
 
 @pytest.mark.parametrize("layout", (packed, interleaved, column_major, heads_swapped))
-@pytest.mark.parametrize("gating", (SILU, GPT_OSS), ids=("silu", "gpt_oss"))
+@pytest.mark.parametrize("params", (SILU, GPT_OSS), ids=("silu", "gpt_oss"))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_operands_are_read_and_written_where_they_lie(dtype, gating, layout):
+def test_strided_operands_are_read_and_written_where_they_lie(dtype, params, layout):
     gate, up, grad = operands(3, 5, 701, dtype=dtype)
-    expected = kernel(gate, up, grad, gating)
+    expected = kernel(gate, up, grad, params)
     gate_view, up_view = layout(gate, up)
     grad_gate, grad_up = layout(*2 * [torch.full_like(gate, math.nan)])
     out, spare = layout(*2 * [torch.full_like(gate, 123.0)])
-    cpu.product(gate_view, up_view, out, *scalars(gating))
-    cpu.product_backward(grad, gate_view, up_view, grad_gate, grad_up, *scalars(gating))
+    cpu.swiglu_fwd(gate_view, up_view, out, params)
+    cpu.swiglu_bwd(grad, gate_view, up_view, grad_gate, grad_up, params)
     assert_same(SimpleNamespace(out=out, gate=grad_gate, up=grad_up), expected)
     assert (spare == 123).all()
 
@@ -206,9 +202,9 @@ def test_outputs_in_place_of_inputs(dtype, layout):
     gate, up, grad = operands(9, 701, dtype=dtype)
     expected = kernel(gate, up, grad, SILU)
     into_gate = layout(gate.clone(), up.clone())
-    cpu.product(*into_gate, into_gate[0])
+    cpu.swiglu_fwd(*into_gate, into_gate[0], SILU)
     into_both = layout(gate.clone(), up.clone())
-    cpu.product_backward(grad, *into_both, *into_both)
+    cpu.swiglu_bwd(grad, *into_both, *into_both, SILU)
     assert_same(SimpleNamespace(out=into_gate[0], gate=into_both[0], up=into_both[1]), expected)
 
 
@@ -234,21 +230,23 @@ def test_torch_and_the_kernel_share_one_thread_pool():
 
 
 def test_mismatched_tensors_are_refused():
-    gate = torch.ones(4, 8)
-    with pytest.raises(ValueError, match=r"product: .*one shape.*\(4, 8\).*\(4, 7\)"):
-        cpu.product(gate, torch.ones(4, 7), gate)
+    gate, operators = torch.ones(4, 8), torch.ops.hf_swiglu
+    with pytest.raises(ValueError, match=r"swiglu_fwd takes .*one shape.*\(4, 8\).*\(4, 7\)"):
+        operators.swiglu_fwd(gate, torch.ones(4, 7), gate)
     with pytest.raises(ValueError, match="float64"):
-        cpu.product(gate.double(), gate.double(), gate.double())
+        operators.swiglu_fwd(gate.double(), gate.double(), gate.double())
     with pytest.raises(ValueError, match="bfloat16"):
-        cpu.product(gate, gate.bfloat16(), gate)
+        operators.swiglu_fwd(gate, gate.bfloat16(), gate)
     with pytest.raises(ValueError, match="give both of them or neither"):
-        cpu.product_backward(gate, gate, gate, gate, None)
+        operators.swiglu_bwd(gate, gate, gate, gate, None)
 
 
-def test_only_known_instruction_sets_can_be_used(instruction_set):
+def test_only_known_capabilities_can_be_used(capability):
     with pytest.raises(ValueError, match="cannot run 'MMX'"):
-        _cpu_kernels.use_instruction_set("MMX")
-    assert cpu.instruction_set() == instruction_set
+        _cpu_kernels.use_cpu_capability("MMX")
+    with pytest.raises(ValueError, match="cannot run 512"):
+        _cpu_kernels.use_cpu_capability(512)
+    assert cpu.cpu_capability() == capability
 
 
 def available_gib():
@@ -257,15 +255,15 @@ def available_gib():
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
-def test_more_elements_than_32_bits_count(instruction_set):
-    if instruction_set != _cpu_kernels.supported_instruction_sets()[0]:
+def test_more_elements_than_32_bits_count(capability):
+    if capability != _cpu_kernels.supported_cpu_capabilities()[0]:
         pytest.skip("addresses do not depend on the instruction set; tested with the fastest")
     if available_gib() < 12:
         pytest.skip(f"needs 12 GiB of free memory; {available_gib():.1f} GiB are free")
     x = torch.full((2**31 + 77,), 2.0, dtype=torch.bfloat16)
     x[-1] = 3.0
     two, three = few = torch.tensor([2.0, 3.0], dtype=torch.bfloat16)
-    cpu.product(few, None, few, 2)
-    cpu.product(x, None, x, 2)
+    cpu.swiglu_fwd(few, None, few, SWIGLU)
+    cpu.swiglu_fwd(x, None, x, SWIGLU)
     assert x[-1] == three and (x[: 2**16] == two).all() and (x[-(2**16) : -1] == two).all()
     assert x[2**31 - 8 : 2**31 + 8].eq(two).all() and x[2**30] == two

@@ -10,7 +10,7 @@ from test_experts import build as experts
 from torch import nn
 
 from hf_swiglu import backends, models, patch_model, reference, swiglu, swiglu_packed
-from hf_swiglu.reference import SILU, SWIGLU, Gating
+from hf_swiglu.reference import SILU, SWIGLU, GLUParams
 
 if backends.unavailable("cpu"):
     pytest.skip(f"no CPU kernel: {backends.unavailable('cpu')}", allow_module_level=True)
@@ -18,25 +18,25 @@ if backends.unavailable("cpu"):
 from hf_swiglu.backends import _cpu_kernels, cpu
 
 HALVES = (torch.bfloat16, torch.float16)
-# (gating, whether there is an up)
+# (params, whether there is an up)
 FORMS = {
     "silu times up": (SILU, True),
     "silu": (SILU, False),
     "swiglu": (SWIGLU, False),
     "swiglu times up": (SWIGLU, True),
-    "gpt-oss": (Gating(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0), True),
-    "clamped": (Gating(gate_limit=0.3, up_limit=0.7), True),
-    "step-3.7": (Gating(act_limit=0.3, up_limit=0.7), True),
-    "all of it": (Gating(power=2, alpha=1.3, gate_limit=3.3, act_limit=8.0, up_limit=5.0, up_offset=0.1), True),
+    "gpt-oss": (GLUParams(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0), True),
+    "clamped": (GLUParams(gate_limit=0.3, up_limit=0.7), True),
+    "step-3.7": (GLUParams(act_limit=0.3, up_limit=0.7), True),
+    "all of it": (GLUParams(power=2, alpha=1.3, gate_limit=3.3, act_limit=8.0, up_limit=5.0, up_offset=0.1), True),
 }
 
 
-@pytest.fixture(params=_cpu_kernels.supported_instruction_sets())
-def instruction_set(request):
-    before = _cpu_kernels.instruction_set()
-    _cpu_kernels.use_instruction_set(request.param)
+@pytest.fixture(params=_cpu_kernels.supported_cpu_capabilities())
+def capability(request):
+    before = _cpu_kernels.cpu_capability()
+    _cpu_kernels.use_cpu_capability(request.param)
     yield request.param
-    _cpu_kernels.use_instruction_set(before)
+    _cpu_kernels.use_cpu_capability(before)
 
 
 def every(dtype):
@@ -55,25 +55,24 @@ def steps_apart(result, expected):
     return torch.where(both, 0, (ordered(result) - ordered(expected)).abs())
 
 
-def eager(gate, up, grad, gating):
+def eager(gate, up, grad, params):
     leaves = [gate.clone().requires_grad_(), up if up is None else up.clone().requires_grad_()]
-    product = reference.product(*leaves, gating)
+    product = reference.swiglu_fwd(*leaves, params)
     product.backward(grad)
     return product.detach(), *(leaf.grad for leaf in leaves if leaf is not None)
 
 
-def kernel(gate, up, grad, gating):
-    scalars = backends.scalars(gating)
+def kernel(gate, up, grad, params):
     outs = [torch.empty_like(gate) for _ in range(2 if up is None else 3)]
-    cpu.product(gate, up, outs[0], *scalars)
-    cpu.product_backward(grad, gate, up, outs[1], None if up is None else outs[2], *scalars)
+    cpu.swiglu_fwd(gate, up, outs[0], params)
+    cpu.swiglu_bwd(grad, gate, up, outs[1], None if up is None else outs[2], params)
     return outs
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_every_gate(dtype, form, instruction_set):
-    gating, has_up = FORMS[form]
+def test_every_gate(dtype, form, capability):
+    params, has_up = FORMS[form]
     generator = torch.Generator().manual_seed(0)
     gate, pairs, other = every(dtype), 0, 0
     for scale in (0.01, 1.0, 30.0, None):
@@ -81,10 +80,10 @@ def test_every_gate(dtype, form, instruction_set):
         up = every(dtype)[torch.randperm(2**16, generator=generator)]
         if scale is not None:
             up = (torch.randn(2**16, generator=generator) * scale).to(dtype)
-            up[::7] = torch.tensor(gating.up_limit).to(dtype) if math.isfinite(gating.up_limit) else 1
+            up[::7] = torch.tensor(params.up_limit).to(dtype) if math.isfinite(params.up_limit) else 1
         grad = torch.randn(2**16, generator=generator).to(dtype)
-        ours = kernel(gate, up if has_up else None, grad, gating)
-        theirs = eager(gate, up if has_up else None, grad, gating)
+        ours = kernel(gate, up if has_up else None, grad, params)
+        theirs = eager(gate, up if has_up else None, grad, params)
         differences = [steps_apart(mine, plain) for mine, plain in zip(ours, theirs, strict=True)]
         assert not differences[0].any(), "the product"
         assert not has_up or not differences[2].any(), "the gradient of up"
@@ -96,15 +95,15 @@ def test_every_gate(dtype, form, instruction_set):
 def test_a_single_rounding_would_be_noticed():
     gate, up = every(torch.bfloat16), every(torch.bfloat16).flip(0)
     once = (nn.functional.silu(gate.float()) * up.float()).bfloat16()
-    assert steps_apart(once, reference.product(gate, up)).count_nonzero() > 100
+    assert steps_apart(once, reference.swiglu_fwd(gate, up)).count_nonzero() > 100
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_a_row_does_not_depend_on_its_neighbours(dtype, instruction_set):
+def test_a_row_does_not_depend_on_its_neighbours(dtype, capability):
     generator = torch.Generator().manual_seed(0)
     gate_up = (torch.randn(600, 2 * 72, generator=generator) * 4).to(dtype)
     gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
-    expected = reference.product(gate, up)
+    expected = reference.swiglu_fwd(gate, up)
     threads = torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)

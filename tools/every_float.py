@@ -1,6 +1,6 @@
 """Measures the largest error of SiLU in float32 over all 2^32 gates: the CPU kernels', and PyTorch's own.
 
-In units in the last place of the exact result, which float64 stands for: about 10 minutes for each instruction set on
+In units in the last place of the exact result, which float64 stands for: about 10 minutes for each CPU capability on
 two cores. `make test-every-float`.
 """
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_swiglu.backends import _cpu_kernels, cpu
+from hf_swiglu.reference import SILU
 
 CHUNK = 2**22
 SMALLEST = 2.0**-149
@@ -25,10 +26,10 @@ def errors(result: Tensor, exact: Tensor) -> Tensor:
     return (result.double() - exact).abs() / unit
 
 
-def largest(instruction_set: str) -> dict[str, tuple[float, float]]:
+def largest(capability: str) -> dict[str, tuple[float, float]]:
     """For each implementation: (largest error, the gate that has it), over all gates whose result is finite."""
-    _cpu_kernels.use_instruction_set(instruction_set)
-    worst = {instruction_set: (0.0, 0.0), "PyTorch": (0.0, 0.0)}
+    _cpu_kernels.use_cpu_capability(capability)
+    worst = {capability: (0.0, 0.0), "PyTorch": (0.0, 0.0)}
     out = torch.empty(CHUNK)
     for start in range(-(2**31), 2**31, CHUNK):
         gate = torch.arange(start, start + CHUNK).to(torch.int32).view(torch.float32)
@@ -36,7 +37,7 @@ def largest(instruction_set: str) -> dict[str, tuple[float, float]]:
         finite = exact.isfinite() & (exact.abs() <= torch.finfo(torch.float32).max)
         if not finite.any():
             continue
-        cpu.product(gate, None, out)
+        cpu.swiglu_fwd(gate, None, out, SILU)
         for name, result in zip(worst, (out, F.silu(gate))):
             error = torch.where(finite, errors(result, exact), 0.0)
             at = int(error.argmax())
@@ -48,8 +49,8 @@ def largest(instruction_set: str) -> dict[str, tuple[float, float]]:
 def main() -> None:
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads\n")
     print("| SiLU in float32 | largest error, ulp | at gate |\n| --- | --- | --- |", flush=True)
-    for instruction_set in sys.argv[1:] or _cpu_kernels.supported_instruction_sets():
-        for name, (error, gate) in largest(instruction_set).items():
+    for capability in sys.argv[1:] or _cpu_kernels.supported_cpu_capabilities():
+        for name, (error, gate) in largest(capability).items():
             print(f"| {name} | {error:.2f} | {gate!r} |", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Compares the CPU kernels with eager PyTorch on all 2^32 pairs of 16-bit numbers, in each instruction set.
+"""Compares the CPU kernels with eager PyTorch on all 2^32 pairs of 16-bit numbers, in each CPU capability.
 
     forward     every gate with every up
     backward    every gate with every gradient of the activation (up is 1): grad_gate, and grad_up with every grad
@@ -15,14 +15,14 @@ import time
 import torch
 from torch import Tensor
 
-from hf_swiglu import backends, reference
+from hf_swiglu import reference
 from hf_swiglu.backends import _cpu_kernels, cpu
-from hf_swiglu.reference import SILU, SWIGLU, Gating
+from hf_swiglu.reference import SILU, SWIGLU, GLUParams
 
-GATINGS = {
+FORMS = {
     "silu(gate) * up": SILU,
     "gate * silu(gate) * up": SWIGLU,
-    "GPT-OSS": Gating(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0),
+    "GPT-OSS": GLUParams(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0),
 }
 # Gates at a time: 2^20 pairs stay in a cache.
 CHUNK = 16
@@ -47,20 +47,20 @@ def differing(result: Tensor, expected: Tensor) -> tuple[int, int]:
     return steps.numel(), int(steps.max()) if steps.numel() else 0
 
 
-def compare(gating: Gating, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+def compare(params: GLUParams, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     """For the product and each gradient: (how many of the 2^32 differ, by how many steps at most)."""
-    numbers, scalars = every(dtype), backends.scalars(gating)
+    numbers = every(dtype)
     worst = dict.fromkeys(("product", "grad_gate", "grad_up"), (0, 0))
     second = numbers.expand(CHUNK, -1).contiguous()
     ones = torch.ones_like(second)
     outs = [torch.empty_like(second) for _ in range(3)]
     for gates in numbers.split(CHUNK):
         gate = gates[:, None].expand(-1, len(numbers)).contiguous()
-        cpu.product(gate, second, outs[0], *scalars)
-        cpu.product_backward(second, gate, ones, outs[1], outs[2], *scalars)
+        cpu.swiglu_fwd(gate, second, outs[0], params)
+        cpu.swiglu_bwd(second, gate, ones, outs[1], outs[2], params)
         leaves = [gate.requires_grad_(), ones.clone().requires_grad_()]
-        expected = [reference.product(gate.detach(), second, gating)]
-        expected += torch.autograd.grad(reference.product(*leaves, gating), leaves, second)
+        expected = [reference.swiglu_fwd(gate.detach(), second, params)]
+        expected += torch.autograd.grad(reference.swiglu_fwd(*leaves, params), leaves, second)
         for name, mine, plain in zip(worst, outs, expected):
             count, steps = differing(mine, plain)
             worst[name] = worst[name][0] + count, max(worst[name][1], steps)
@@ -69,20 +69,20 @@ def compare(gating: Gating, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
 
 def main() -> int:
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads\n")
-    print("| instruction set | dtype | form | products that differ | grad_up | grad_gate | by at most | seconds |")
+    print("| CPU capability | dtype | form | products that differ | grad_up | grad_gate | by at most | seconds |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     failed = False
-    for instruction_set in sys.argv[1:] or _cpu_kernels.supported_instruction_sets():
-        _cpu_kernels.use_instruction_set(instruction_set)
+    for capability in sys.argv[1:] or _cpu_kernels.supported_cpu_capabilities():
+        _cpu_kernels.use_cpu_capability(capability)
         for dtype in (torch.bfloat16, torch.float16):
-            for name, gating in GATINGS.items():
+            for name, params in FORMS.items():
                 start = time.perf_counter()
-                found = compare(gating, dtype)
+                found = compare(params, dtype)
                 seconds = time.perf_counter() - start
                 counts = [found[each][0] for each in ("product", "grad_up", "grad_gate")]
                 steps = found["grad_gate"][1]
                 row = [
-                    instruction_set,
+                    capability,
                     str(dtype).removeprefix("torch."),
                     name,
                     *counts,

@@ -47,6 +47,12 @@ def as_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout | None:
     return Layout(rows, columns, row_stride, column_stride)
 
 
+@functools.lru_cache(maxsize=1024)
+def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many elements of its storage a tensor spans, from its first element to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+
+
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the elements fill one run of memory, in whatever order: tensors of equal strides then match up."""
     expected = 1

@@ -1,4 +1,4 @@
-/* What the pieces of the extension share: the words for a product, and who computes it. */
+/* What a kernel is, which kernels there are, and how one is launched. */
 #ifndef HF_SWIGLU_KERNELS_H
 #define HF_SWIGLU_KERNELS_H
 
@@ -7,52 +7,54 @@
 enum { FLOAT32, BFLOAT16, FLOAT16, DTYPES };
 enum { FORWARD, BACKWARD, DIRECTIONS };
 
-/* Members of the family with a loop of their own; GENERAL is all the others, whatever their `Gating`. */
+/* Members of the family with a kernel of their own; GENERAL serves all others, whatever their `Params`. */
 enum { SILU_TIMES_UP, SWIGLU_TIMES_UP, SWIGLU_ALONE, GENERAL, VARIANTS };
 
-/* Inputs first: gate, up, out; or grad, gate, up, grad_gate, grad_up. */
+/* Inputs first: gate, up, out; or grad_out, gate, up, grad_gate, grad_up. */
 enum { MAX_OPERANDS = 5 };
 
-/* The fields of reference.Gating, in its order, with limits in the tensors' dtype; and the largest gate, activation and
-   magnitude of up at which a clamp passes the gradient. */
+/* The fields of reference.GLUParams in their order, with limits in the tensors' dtype; then the largest gate, activation
+   and magnitude of up at which a clamp passes the gradient. */
 typedef struct {
     int power;
     float alpha, gate_limit, act_limit, up_limit, up_offset;
     float gate_passes, act_passes, up_passes;
-} Gating;
+} Params;
 
-/* Computes `count` adjacent elements. A pointer is NULL where there is no `up`; outputs may be inputs. */
-typedef void RunFunction(char *const *operands, int64_t count, const Gating *gating);
+/* Computes `count` adjacent elements. The pointers of an absent `up` are NULL; outputs may be inputs. */
+typedef void KernelFunction(char *const *operands, int64_t count, const Params *params);
 
+/* The kernels of one group of processors, in the sense of torch.backends.cpu.get_cpu_capability. */
 typedef struct {
     const char *name;
-    RunFunction *run[DIRECTIONS][DTYPES][VARIANTS];
-} InstructionSet;
+    KernelFunction *kernels[DIRECTIONS][DTYPES][VARIANTS];
+} CpuCapability;
 
-extern const InstructionSet instruction_set_baseline;
+extern const CpuCapability cpu_capability_baseline;
 
-/* Elsewhere the compiler's own vectors are all there is. */
+/* On other processors the compiler's own vectors serve alone. */
 #if defined(__x86_64__) && defined(__GNUC__)
-#define HAVE_X86_INSTRUCTION_SETS
-extern const InstructionSet instruction_set_avx2, instruction_set_avx512;
+#define HAVE_X86_CAPABILITIES
+extern const CpuCapability cpu_capability_avx2, cpu_capability_avx512;
 #endif
 
-/* One operand: `data` is NULL where there is none; strides count elements. */
+/* One tensor of a launch: `data` is NULL for an absent one; strides count elements. */
 typedef struct {
     char *data;
     int64_t row_stride, column_stride;
 } Operand;
 
 typedef struct {
-    RunFunction *run;
-    Gating gating;
+    KernelFunction *kernel;
+    Params params;
     int inputs, operands, element_size, threads;
     int64_t rows, columns;
     Operand operand[MAX_OPERANDS];
-} Job;
+} Launch;
 
 static inline int element_size(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-void run_job(const Job *job);
+/* Runs the kernel over all rows, on up to `threads` threads. */
+void launch_kernel(const Launch *launch);
 
 #endif

@@ -1,7 +1,7 @@
 /* The loops for processors with AVX2, FMA and F16C (2013 and later). */
 #include "kernels.h"
 
-#ifdef HAVE_X86_INSTRUCTION_SETS
+#ifdef HAVE_X86_CAPABILITIES
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -12,7 +12,7 @@
 #include "vector_avx2.h"
 #include "loops.h"
 
-const InstructionSet instruction_set_avx2 = INSTRUCTION_SET("AVX2");
+const CpuCapability cpu_capability_avx2 = CPU_CAPABILITY("AVX2");
 
 #ifdef __clang__
 #pragma clang attribute pop

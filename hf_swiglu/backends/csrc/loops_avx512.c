@@ -1,7 +1,7 @@
 /* The loops for processors with AVX-512 (servers since 2017, Zen since 2022). */
 #include "kernels.h"
 
-#ifdef HAVE_X86_INSTRUCTION_SETS
+#ifdef HAVE_X86_CAPABILITIES
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
 #else
@@ -13,7 +13,7 @@
 #include "vector_avx512.h"
 #include "loops.h"
 
-const InstructionSet instruction_set_avx512 = INSTRUCTION_SET("AVX-512");
+const CpuCapability cpu_capability_avx512 = CPU_CAPABILITY("AVX-512");
 
 #ifdef __clang__
 #pragma clang attribute pop

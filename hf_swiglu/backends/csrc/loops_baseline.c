@@ -3,4 +3,4 @@
 #include "vector_generic.h"
 #include "loops.h"
 
-const InstructionSet instruction_set_baseline = INSTRUCTION_SET("baseline");
+const CpuCapability cpu_capability_baseline = CPU_CAPABILITY("baseline");

@@ -1,4 +1,4 @@
-/* The vocabulary of loops.h in AVX2, FMA and F16C. */
+/* The vector operations of formulas.h in AVX2, FMA and F16C. */
 #include <immintrin.h>
 #include <stdint.h>
 

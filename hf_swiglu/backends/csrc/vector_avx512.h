@@ -1,4 +1,4 @@
-/* The vocabulary of loops.h in AVX-512 (F, BW, DQ, VL). */
+/* The vector operations of formulas.h in AVX-512 (F, BW, DQ, VL). */
 #include <immintrin.h>
 #include <stdint.h>
 

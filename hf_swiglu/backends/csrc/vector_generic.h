@@ -1,4 +1,4 @@
-/* The vocabulary of loops.h in the compiler's own vectors (GCC and Clang): SSE2, NEON or whatever there is. */
+/* The vector operations of formulas.h in the compiler's own vectors (GCC and Clang): SSE2, NEON or whatever there is. */
 #include <stdint.h>
 #include <string.h>
 
