@@ -15,14 +15,14 @@ import time
 import torch
 from torch import Tensor
 
-from hf_swiglu import backends, reference
+from hf_swiglu import reference
 from hf_swiglu.backends import _cpu_kernels, cpu
-from hf_swiglu.reference import SILU, SWIGLU, Gating
+from hf_swiglu.reference import SILU, SWIGLU, GLUParams
 
 GATINGS = {
     "silu(gate) * up": SILU,
     "gate * silu(gate) * up": SWIGLU,
-    "GPT-OSS": Gating(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0),
+    "GPT-OSS": GLUParams(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0),
 }
 # Gates at a time: 2^20 pairs stay in a cache.
 CHUNK = 16
@@ -47,20 +47,20 @@ def differing(result: Tensor, expected: Tensor) -> tuple[int, int]:
     return steps.numel(), int(steps.max()) if steps.numel() else 0
 
 
-def compare(gating: Gating, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+def compare(gating: GLUParams, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     """For the product and each gradient: (how many of the 2^32 differ, by how many steps at most)."""
-    numbers, scalars = every(dtype), backends.scalars(gating)
+    numbers = every(dtype)
     worst = dict.fromkeys(("product", "grad_gate", "grad_up"), (0, 0))
     second = numbers.expand(CHUNK, -1).contiguous()
     ones = torch.ones_like(second)
     outs = [torch.empty_like(second) for _ in range(3)]
     for gates in numbers.split(CHUNK):
         gate = gates[:, None].expand(-1, len(numbers)).contiguous()
-        cpu.product(gate, second, outs[0], *scalars)
-        cpu.product_backward(second, gate, ones, outs[1], outs[2], *scalars)
+        cpu.swiglu_fwd(gate, second, outs[0], gating)
+        cpu.swiglu_bwd(second, gate, ones, outs[1], outs[2], gating)
         leaves = [gate.requires_grad_(), ones.clone().requires_grad_()]
-        expected = [reference.product(gate.detach(), second, gating)]
-        expected += torch.autograd.grad(reference.product(*leaves, gating), leaves, second)
+        expected = [reference.swiglu_fwd(gate.detach(), second, gating)]
+        expected += torch.autograd.grad(reference.swiglu_fwd(*leaves, gating), leaves, second)
         for name, mine, plain in zip(worst, outs, expected):
             count, steps = differing(mine, plain)
             worst[name] = worst[name][0] + count, max(worst[name][1], steps)
