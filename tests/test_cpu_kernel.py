@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_close_to_float64
 
 from hf_swiglu import reference
 from hf_swiglu.backends import unavailable
-from hf_swiglu.reference import SILU, SWIGLU, Gating
+from hf_swiglu.reference import SILU, SWIGLU, GLUParams
+from hf_swiglu.testing import assert_close as assert_close_to_float64
 
 if unavailable("cpu"):
     pytest.skip(f"no CPU kernel: {unavailable('cpu')}", allow_module_level=True)
@@ -21,8 +21,8 @@ if unavailable("cpu"):
 from hf_swiglu.backends import _cpu_kernels, cpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GPT_OSS = Gating(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0)
-STEP = Gating(power=2, act_limit=3.0, up_limit=2.0)
+GPT_OSS = GLUParams(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0)
+STEP = GLUParams(power=2, act_limit=3.0, up_limit=2.0)
 GATINGS = {"silu": SILU, "swiglu": SWIGLU, "gpt_oss": GPT_OSS, "step": STEP}
 
 
@@ -51,10 +51,6 @@ def operands(*shape, dtype, has_up=True):
     return gate, random(*shape, dtype=dtype, seed=2) if has_up else None, grad
 
 
-def scalars(gating):
-    return (gating.power,) if gating in (SILU, SWIGLU) else (gating.power, list(gating[1:]))
-
-
 def kernel(gate, up, grad, gating):
     """Outputs start as NaN, so that what is not written cannot pass."""
 
@@ -62,15 +58,15 @@ def kernel(gate, up, grad, gating):
         return torch.full(gate.shape, math.nan, dtype=gate.dtype)
 
     result = SimpleNamespace(out=fresh(), gate=fresh(), up=None if up is None else fresh())
-    cpu.product(gate, up, result.out, *scalars(gating))
-    cpu.product_backward(grad, gate, up, result.gate, result.up, *scalars(gating))
+    cpu.swiglu_fwd(gate, up, result.out, gating)
+    cpu.swiglu_bwd(grad, gate, up, result.gate, result.up, gating)
     return result
 
 
 def plain(gate, up, grad, gating):
     gate = gate.detach().clone().requires_grad_()
     up = None if up is None else up.detach().clone().requires_grad_()
-    out = reference.product(gate, up, gating)
+    out = reference.swiglu_fwd(gate, up, gating)
     out.backward(grad)
     return SimpleNamespace(out=out.detach(), gate=gate.grad, up=None if up is None else up.grad)
 
@@ -100,7 +96,7 @@ def test_values_and_gradients(dtype, gating, has_up):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_in_place_of_swish_is_noticed(dtype):
     gate, up, _ = operands(37, 211, dtype=dtype)
-    exact = reference.product(gate.double(), up.double())
+    exact = reference.swiglu_fwd(gate.double(), up.double())
     with pytest.raises(AssertionError, match="against float64"):
         assert_close_to_float64(F.gelu(gate) * up, F.silu(gate) * up, exact)
 
@@ -110,7 +106,7 @@ def test_the_gradient_of_every_16_bit_number(dtype):
     """A sigmoid that is not quite 1 would show next to a large gate."""
     gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     ones, grad_gate, grad_up = torch.ones_like(gate), torch.empty_like(gate), torch.empty_like(gate)
-    cpu.product_backward(ones, gate, ones, grad_gate, grad_up)
+    cpu.swiglu_bwd(ones, gate, ones, grad_gate, grad_up, SILU)
     leaf = gate.double().requires_grad_()
     F.silu(leaf).sum().backward()
     expected = leaf.grad
@@ -154,8 +150,8 @@ def test_every_tail_writes_its_elements_and_no_others(dtype):
         gate, up, grad = operands(count, dtype=dtype)
         buffers = [torch.full((count + 64,), 123.0, dtype=dtype) for _ in range(3)]
         out, grad_gate, grad_up = (buffer[32 : 32 + count] for buffer in buffers)
-        cpu.product(gate, up, out)
-        cpu.product_backward(grad, gate, up, grad_gate, grad_up)
+        cpu.swiglu_fwd(gate, up, out, SILU)
+        cpu.swiglu_bwd(grad, gate, up, grad_gate, grad_up, SILU)
         for buffer in buffers:
             assert (buffer[:32] == 123).all() and (buffer[32 + count :] == 123).all(), count
         assert_right(SimpleNamespace(out=out, gate=grad_gate, up=grad_up), gate, up, grad, SILU)
@@ -187,8 +183,8 @@ def test_strided_operands_are_read_and_written_where_they_lie(dtype, gating, lay
     gate_view, up_view = layout(gate, up)
     grad_gate, grad_up = layout(*2 * [torch.full_like(gate, math.nan)])
     out, spare = layout(*2 * [torch.full_like(gate, 123.0)])
-    cpu.product(gate_view, up_view, out, *scalars(gating))
-    cpu.product_backward(grad, gate_view, up_view, grad_gate, grad_up, *scalars(gating))
+    cpu.swiglu_fwd(gate_view, up_view, out, gating)
+    cpu.swiglu_bwd(grad, gate_view, up_view, grad_gate, grad_up, gating)
     assert_same(SimpleNamespace(out=out, gate=grad_gate, up=grad_up), expected)
     assert (spare == 123).all()
 
@@ -206,9 +202,9 @@ def test_outputs_in_place_of_inputs(dtype, layout):
     gate, up, grad = operands(9, 701, dtype=dtype)
     expected = kernel(gate, up, grad, SILU)
     into_gate = layout(gate.clone(), up.clone())
-    cpu.product(*into_gate, into_gate[0])
+    cpu.swiglu_fwd(*into_gate, into_gate[0], SILU)
     into_both = layout(gate.clone(), up.clone())
-    cpu.product_backward(grad, *into_both, *into_both)
+    cpu.swiglu_bwd(grad, *into_both, *into_both, SILU)
     assert_same(SimpleNamespace(out=into_gate[0], gate=into_both[0], up=into_both[1]), expected)
 
 
@@ -236,13 +232,13 @@ def test_torch_and_the_kernel_share_one_thread_pool():
 def test_mismatched_tensors_are_refused():
     gate = torch.ones(4, 8)
     with pytest.raises(ValueError, match=r"product: .*one shape.*\(4, 8\).*\(4, 7\)"):
-        cpu.product(gate, torch.ones(4, 7), gate)
+        cpu.swiglu_fwd(gate, torch.ones(4, 7), gate, SILU)
     with pytest.raises(ValueError, match="float64"):
-        cpu.product(gate.double(), gate.double(), gate.double())
+        cpu.swiglu_fwd(gate.double(), gate.double(), gate.double(), SILU)
     with pytest.raises(ValueError, match="bfloat16"):
-        cpu.product(gate, gate.bfloat16(), gate)
+        cpu.swiglu_fwd(gate, gate.bfloat16(), gate, SILU)
     with pytest.raises(ValueError, match="give both of them or neither"):
-        cpu.product_backward(gate, gate, gate, gate, None)
+        cpu.swiglu_bwd(gate, gate, gate, gate, None, SILU)
 
 
 def test_only_known_instruction_sets_can_be_used(instruction_set):
@@ -265,7 +261,7 @@ def test_more_elements_than_32_bits_count(instruction_set):
     x = torch.full((2**31 + 77,), 2.0, dtype=torch.bfloat16)
     x[-1] = 3.0
     two, three = few = torch.tensor([2.0, 3.0], dtype=torch.bfloat16)
-    cpu.product(few, None, few, 2)
-    cpu.product(x, None, x, 2)
+    cpu.swiglu_fwd(few, None, few, SWIGLU)
+    cpu.swiglu_fwd(x, None, x, SWIGLU)
     assert x[-1] == three and (x[: 2**16] == two).all() and (x[-(2**16) : -1] == two).all()
     assert x[2**31 - 8 : 2**31 + 8].eq(two).all() and x[2**30] == two

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from models import VOCABULARY, CountedOperators, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
+from support.models import VOCABULARY, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
 from test_experts import build as experts
 from torch import nn
 
 from hf_swiglu import backends, models, patch_model, reference, swiglu, swiglu_packed
-from hf_swiglu.reference import SILU, SWIGLU, Gating
+from hf_swiglu.reference import SILU, SWIGLU, GLUParams
+from hf_swiglu.testing import counted_launches
 
 if backends.unavailable("cpu"):
     pytest.skip(f"no CPU kernel: {backends.unavailable('cpu')}", allow_module_level=True)
@@ -24,10 +25,10 @@ FORMS = {
     "silu": (SILU, False),
     "swiglu": (SWIGLU, False),
     "swiglu times up": (SWIGLU, True),
-    "gpt-oss": (Gating(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0), True),
-    "clamped": (Gating(gate_limit=0.3, up_limit=0.7), True),
-    "step-3.7": (Gating(act_limit=0.3, up_limit=0.7), True),
-    "all of it": (Gating(power=2, alpha=1.3, gate_limit=3.3, act_limit=8.0, up_limit=5.0, up_offset=0.1), True),
+    "gpt-oss": (GLUParams(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0), True),
+    "clamped": (GLUParams(gate_limit=0.3, up_limit=0.7), True),
+    "step-3.7": (GLUParams(act_limit=0.3, up_limit=0.7), True),
+    "all of it": (GLUParams(power=2, alpha=1.3, gate_limit=3.3, act_limit=8.0, up_limit=5.0, up_offset=0.1), True),
 }
 
 
@@ -57,16 +58,15 @@ def steps_apart(result, expected):
 
 def eager(gate, up, grad, gating):
     leaves = [gate.clone().requires_grad_(), up if up is None else up.clone().requires_grad_()]
-    product = reference.product(*leaves, gating)
+    product = reference.swiglu_fwd(*leaves, gating)
     product.backward(grad)
     return product.detach(), *(leaf.grad for leaf in leaves if leaf is not None)
 
 
 def kernel(gate, up, grad, gating):
-    scalars = backends.scalars(gating)
     outs = [torch.empty_like(gate) for _ in range(2 if up is None else 3)]
-    cpu.product(gate, up, outs[0], *scalars)
-    cpu.product_backward(grad, gate, up, outs[1], None if up is None else outs[2], *scalars)
+    cpu.swiglu_fwd(gate, up, outs[0], gating)
+    cpu.swiglu_bwd(grad, gate, up, outs[1], None if up is None else outs[2], gating)
     return outs
 
 
@@ -96,7 +96,7 @@ def test_every_gate(dtype, form, instruction_set):
 def test_a_single_rounding_would_be_noticed():
     gate, up = every(torch.bfloat16), every(torch.bfloat16).flip(0)
     once = (nn.functional.silu(gate.float()) * up.float()).bfloat16()
-    assert steps_apart(once, reference.product(gate, up)).count_nonzero() > 100
+    assert steps_apart(once, reference.swiglu_fwd(gate, up)).count_nonzero() > 100
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -104,7 +104,7 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype, instruction_set):
     generator = torch.Generator().manual_seed(0)
     gate_up = (torch.randn(600, 2 * 72, generator=generator) * 4).to(dtype)
     gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
-    expected = reference.product(gate, up)
+    expected = reference.swiglu_fwd(gate, up)
     threads = torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -132,9 +132,9 @@ def test_a_patched_model_returns_the_same_bits(build, dtype):
         expected, one = model(tokens()).logits, model(tokens()[:, :3]).logits
     trained = model(tokens()).logits
     patch_model(model, verify=True)
-    with torch.no_grad(), CountedOperators() as operators:
+    with torch.no_grad(), counted_launches() as launches:
         assert torch.equal(model(tokens()).logits, expected) and torch.equal(model(tokens()[:, :3]).logits, one)
-    assert operators.names == ["product"] * 4
+    assert launches.names == ["swiglu_fwd"] * 4
     assert torch.equal(model(tokens()).logits, trained) and torch.equal(trained, expected)
 
 
@@ -176,9 +176,9 @@ def test_twenty_steps_of_bfloat16_have_the_same_losses(kind):
     expected = losses_of_twenty_steps(TRAINED[kind]().bfloat16())
     model = TRAINED[kind]().bfloat16()
     patch_model(model)
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         losses = losses_of_twenty_steps(model)
-    assert "product_backward" in operators.names
+    assert "swiglu_bwd" in launches.names
     assert losses == expected
 
 
