@@ -63,14 +63,17 @@ def assert_close(result: Tensors, eager: Tensors, exact: Tensors) -> None:
 
     Each may be a tensor, or a mapping of names to tensors, of which the error names the first that is too far off.
     """
-    if isinstance(result, Tensor):
-        result, eager, exact = {"the result": result}, {"the result": eager}, {"the result": exact}  # type: ignore
-    if not result.keys() == eager.keys() == exact.keys():  # type: ignore[union-attr]
-        raise AssertionError(f"results are {sorted(result)}, eager {sorted(eager)}, exact {sorted(exact)}")
-    for name in result:
-        reason = why_not_close(result[name], eager[name], exact[name])
+    results, eagers, exacts = map(_named, (result, eager, exact))
+    if not results.keys() == eagers.keys() == exacts.keys():
+        raise AssertionError(f"results are {sorted(results)}, eager {sorted(eagers)}, exact {sorted(exacts)}")
+    for name in results:
+        reason = why_not_close(results[name], eagers[name], exacts[name])
         if reason is not None:
             raise AssertionError(f"{name}: {reason}")
+
+
+def _named(tensors: Tensors) -> Mapping[str, Tensor]:
+    return {"the result": tensors} if isinstance(tensors, Tensor) else tensors
 
 
 @dataclass(frozen=True)
