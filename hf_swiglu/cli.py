@@ -106,6 +106,8 @@ def doctor() -> None:
     _show("")
     for backend in found.backends:
         _show(f"{backend.name:13} {diagnosis.describe(backend)}")
+    for name, without in found.missing.items():
+        _show(f"without {name}: {without}")
     devices, dtypes = (list(dict.fromkeys(column)) for column in zip(*found.serving, strict=True))
     table = Table("device", *dtypes, box=box.SIMPLE)
     for device in devices:

@@ -8,6 +8,7 @@ from importlib import metadata
 
 import torch
 
+from hf_swiglu import _compat
 from hf_swiglu._version import __version__
 from hf_swiglu.backends import KERNEL_DTYPES, Backend, available_backends
 from hf_swiglu.dispatch import SMALLEST_DIFFERENTIATED, SMALLEST_KERNEL
@@ -24,6 +25,8 @@ class Diagnosis:
     backends: tuple[Backend, ...]
     # (device, dtype) -> the backend that serves it.
     serving: dict[tuple[str, str], str]
+    # Private names of other libraries that were looked for and are gone, with what is off without each.
+    missing: dict[str, str]
 
 
 def diagnose() -> Diagnosis:
@@ -40,7 +43,7 @@ def diagnose() -> Diagnosis:
         for device in ("cpu", *_accelerators(), "other")
         for dtype in (*KERNEL_DTYPES, torch.float64)
     }
-    return Diagnosis(_versions(), _machine(), backends, serving)
+    return Diagnosis(_versions(), _machine(), backends, serving, dict(_compat.missing))
 
 
 def environment(device: torch.device) -> str:

@@ -41,8 +41,8 @@ def test_rows_say_what_was_measured_and_where(written):
 
 
 def test_a_wrong_result_is_refused_not_timed(small, monkeypatch):
-    monkeypatch.setattr(kernels, "gated_product", lambda gate, up: F.gelu(gate) * up)
-    with pytest.raises(kernels.WrongResult, match="ours: error"):
+    monkeypatch.setattr(kernels, "swiglu", lambda gate, up: F.gelu(gate) * up)
+    with pytest.raises(kernels.WrongResult, match="ours: root mean square error"):
         bench.run_bench(["kernel"], seconds=0, show=lambda line: None)
 
 
@@ -53,12 +53,12 @@ def test_of_others_only_the_wrong_ones_are_left_out(small):
         "wrong": mlps.shared_copy(eager),
     }
     modules["wrong"].act_fn = torch.nn.GELU()
-    with pytest.warns(UserWarning, match="not timed.*wrong: error"):
+    with pytest.warns(UserWarning, match="not timed.*wrong: root mean square error"):
         mlps._check(modules, mlps._input(eager, 64))
     assert list(modules) == ["eager", "ours", "same"]
     modules["ours"] = mlps.shared_copy(eager)
     modules["ours"].act_fn = torch.nn.GELU()
-    with pytest.raises(kernels.WrongResult, match="ours: error"):
+    with pytest.raises(kernels.WrongResult, match="ours: root mean square error"):
         mlps._check(modules, mlps._input(eager, 64))
 
 

@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 import transformers
-from models import SIZES, tiny_gpt2, tiny_llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.models import SIZES, tiny_gpt2, tiny_llama, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlavaConfig
 

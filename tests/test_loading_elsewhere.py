@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import SIZES, tiny_llama, tokens
+from support.models import SIZES, tiny_llama, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto as quantizers

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SIZES, GatedMLP
+from support.models import SIZES, GatedMLP
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import LlamaConfig, MixtralConfig, Phi3Config

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from models import VOCABULARY, CountedOperators, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
+from support.models import VOCABULARY, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
 from test_experts import build as experts
 from torch import nn
 
 from hf_swiglu import backends, models, patch_model, reference, swiglu, swiglu_packed
 from hf_swiglu.reference import SILU, SWIGLU, GLUParams
+from hf_swiglu.testing import counted_launches
 
 if backends.unavailable("cpu"):
     pytest.skip(f"no CPU kernel: {backends.unavailable('cpu')}", allow_module_level=True)
@@ -131,9 +132,9 @@ def test_a_patched_model_returns_the_same_bits(build, dtype):
         expected, one = model(tokens()).logits, model(tokens()[:, :3]).logits
     trained = model(tokens()).logits
     patch_model(model, verify=True)
-    with torch.no_grad(), CountedOperators() as operators:
+    with torch.no_grad(), counted_launches() as launches:
         assert torch.equal(model(tokens()).logits, expected) and torch.equal(model(tokens()[:, :3]).logits, one)
-    assert operators.names == ["product"] * 4
+    assert launches.names == ["swiglu_fwd"] * 4
     assert torch.equal(model(tokens()).logits, trained) and torch.equal(trained, expected)
 
 
@@ -175,9 +176,9 @@ def test_twenty_steps_of_bfloat16_have_the_same_losses(kind):
     expected = losses_of_twenty_steps(TRAINED[kind]().bfloat16())
     model = TRAINED[kind]().bfloat16()
     patch_model(model)
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         losses = losses_of_twenty_steps(model)
-    assert "product_backward" in operators.names
+    assert "swiglu_bwd" in launches.names
     assert losses == expected
 
 

@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from models import CountedOperators, tiny_gemma, tiny_llama, tiny_llava, tokens
+from support.models import tiny_gemma, tiny_llama, tiny_llava, tokens
+from support.outcome import outcome
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -18,11 +19,11 @@ from transformers.activations import SiLUActivation
 
 from hf_swiglu import SwiGLU, patch_model, unpatch_model
 from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.testing import counted_launches
 
 
-@torch.no_grad()
 def _logits(model):
-    return model(input_ids=tokens()).logits
+    return outcome(model, input_ids=tokens(), differentiated=False)["logits"]
 
 
 def _state(model):
@@ -68,9 +69,9 @@ def test_swap_save_reload_and_undo(tmp_path):
 def test_the_swapped_product_runs_on_the_kernel():
     model = tiny_llama()
     patch_model(model, activation="swiglu")
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         _logits(model)
-    assert [(name, args[3]) for name, args in operators.calls] == [("product", 2)] * 2
+    assert launches.names == ["swiglu_fwd"] * 2 and all(launch.params.power == 2 for launch in launches)
 
 
 def test_from_pretrained_with_hidden_act_computes_the_same(tmp_path):

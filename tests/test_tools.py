@@ -10,13 +10,14 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from models import CountedOperators, GatedMLP, hidden_states
+from support.models import GatedMLP, hidden_states
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hf_swiglu import patch_model, unpatch_model
 from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.testing import counted_launches
 
 
 @pytest.fixture
@@ -245,13 +246,13 @@ def test_a_forward_wrapped_on_the_instance_is_unpatched_with_it(pair):
     _, fused = pair
     forward, calls = fused.forward, []
     fused.forward = lambda *args: calls.append(args) or forward(*args)
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         fused(hidden_states())
-    assert operators.names == ["product"]
+    assert launches.names == ["swiglu_fwd"]
     assert unpatch_model(fused) == 1
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         torch.testing.assert_close(fused(hidden_states()), pair[0](hidden_states()))
-    assert not operators.names and len(calls) == 2
+    assert not launches.names and len(calls) == 2
 
 
 def test_threads_use_and_pickle_one_module_at_once(pair):

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_swiglu import backends, swiglu
+from hf_swiglu import swiglu, swiglu_packed
+from hf_swiglu._ops import launch_bwd, launch_fwd
 from hf_swiglu.bench.rows import Case, Row
 from hf_swiglu.bench.timing import compiled, take_turns
-from hf_swiglu.functional import gated_product, packed_product
-from hf_swiglu.reference import SWIGLU
-from hf_swiglu.tolerance import why_worse
+from hf_swiglu.reference import SILU, SWIGLU
+from hf_swiglu.testing import why_not_close
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_SIZES = ((1, 1536), (16, 8192), (2048, 11008))
@@ -64,7 +64,7 @@ def _check(contenders: dict[str, Function], exact: Outputs) -> None:
     eager = contenders["eager"]()
     for name, function in contenders.items():
         for result, plain, expected in zip(function(), eager, exact, strict=True):
-            reason = why_worse(result, plain, expected)
+            reason = why_not_close(result, plain, expected)
             if reason is not None:
                 raise WrongResult(f"{name}: {reason}")
 
@@ -74,13 +74,13 @@ def _forward(packed: Tensor, *_: Tensor) -> tuple[Outputs, float, dict[str, Func
     out = torch.empty_like(gate)
 
     def into() -> Outputs:
-        backends.product(gate, up, out, ())
+        launch_fwd(gate, up, out, SILU)
         return (out,)
 
     functions = {
         "eager": lambda: (F.silu(gate) * up,),
         "eager into": lambda: _eager_into(gate, up, out),
-        "ours": lambda: (gated_product(gate, up),),
+        "ours": lambda: (swiglu(gate, up),),
         "into": into,
     }
     return (F.silu(gate.double()) * up.double(),), 1.5, functions
@@ -101,13 +101,13 @@ def _packed(packed: Tensor, *_: Tensor) -> tuple[Outputs, float, dict[str, Funct
         return (F.silu(gate) * up,)
 
     def into() -> Outputs:
-        backends.product(gate, up, out, ())
+        launch_fwd(gate, up, out, SILU)
         return (out,)
 
     functions = {
         "eager": eager,
         "eager into": lambda: _eager_into(gate, up, out),
-        "ours": lambda: (packed_product(packed),),
+        "ours": lambda: (swiglu_packed(packed),),
         "into": into,
     }
     return (F.silu(gate.double()) * up.double(),), 1.5, functions
@@ -122,7 +122,7 @@ def _backward(packed: Tensor, other: Tensor, *_: Tensor) -> tuple[Outputs, float
 
     def ours(results: Outputs) -> Outputs:
         grad_gate, grad_up = results
-        backends.product_backward(grad, gate, up, grad_gate, grad_up, ())
+        launch_bwd(grad, gate, up, grad_gate, grad_up, SILU)
         return results
 
     def eager_into() -> Outputs:
@@ -147,7 +147,7 @@ def _self_gated(packed: Tensor, *_: Tensor) -> tuple[Outputs, float, dict[str, F
     out = torch.empty_like(x)
 
     def into() -> Outputs:
-        backends.product(x, None, out, (SWIGLU.power,))
+        launch_fwd(x, None, out, SWIGLU)
         return (out,)
 
     functions = {

@@ -18,7 +18,7 @@ from hf_swiglu.bench.kernels import DTYPES, WrongResult
 from hf_swiglu.bench.rows import Case, Row
 from hf_swiglu.bench.timing import compiled, take_turns
 from hf_swiglu.measuring import peak_bytes, seconds_of
-from hf_swiglu.tolerance import why_worse
+from hf_swiglu.testing import why_not_close
 
 # hidden_size, intermediate_size.
 SIZES = {"SmolLM2-135M": (576, 1536), "Llama-3-8B": (4096, 14336)}
@@ -119,7 +119,7 @@ def _check(modules: dict[str, nn.Module], x: Tensor) -> None:
     run = functools.partial(_outputs, grad=torch.randn_like(x))
     eager, exact = run(modules["eager"], x), run(exact_module, x.double())
     for label in list(modules):
-        reasons = [why_worse(*results) for results in zip(run(modules[label], x), eager, exact, strict=True)]
+        reasons = [why_not_close(*results) for results in zip(run(modules[label], x), eager, exact, strict=True)]
         said = next((f"{label}: {reason}" for reason in reasons if reason is not None), None)
         if said is not None and label == "ours":
             raise WrongResult(said)

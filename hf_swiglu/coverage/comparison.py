@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import re
@@ -10,12 +9,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 
 from hf_swiglu import backends, patch_model
 from hf_swiglu.coverage.zoo import Specimen
-from hf_swiglu.tolerance import FLOOR, RATIO
+from hf_swiglu.testing import FLOOR, RATIO, counted_launches, kernels_at_every_size
 
 # Sizes are halved until they are no larger, then rounded down to the multiples of 16 that grouped_mm wants.
 _LARGEST, _MULTIPLE = 64, 16
@@ -49,9 +47,9 @@ def why_different(specimen: Specimen) -> str | None:
         _choose(module, implementation)
         _choose(fused_module, implementation)
         eager = _run(module, inputs)
-        with _kernels_at_every_size(), _KernelCalls() as calls:
+        with kernels_at_every_size(), counted_launches() as launches:
             fused = _run(fused_module, inputs)
-        if calls.count == 0 and backends.unavailable("cpu") is None:
+        if not launches and backends.unavailable("cpu") is None:
             return f"no kernel ran under {implementation}"
         difference = _why_worse(fused, eager, exact)
         if difference is not None:
@@ -198,27 +196,3 @@ def _implementations(module: nn.Module) -> tuple[str, ...]:
 def _choose(module: nn.Module, implementation: str) -> None:
     if hasattr(module, "config"):
         module.config._experts_implementation = implementation
-
-
-@contextlib.contextmanager
-def _kernels_at_every_size() -> Iterator[None]:
-    """Calls the kernels for small tensors too, where plain PyTorch is faster."""
-    thresholds = [value for name, value in vars(backends).items() if name.startswith("SMALLEST_")]
-    kept = [dict(threshold) for threshold in thresholds]
-    for threshold in thresholds:
-        threshold.update(dict.fromkeys(threshold, 0))
-    try:
-        yield
-    finally:
-        for threshold, values in zip(thresholds, kept, strict=True):
-            threshold.update(values)
-
-
-class _KernelCalls(TorchDispatchMode):
-    """Counts the calls of this package's operators."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.namespace == "hf_swiglu"
-        return function(*args, **(kwargs or {}))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from hf_swiglu import swiglu, swiglu_packed
 
-ROWS, COLUMNS = 130, 128  # more elements than `backends.SMALLEST_KERNEL["cpu"]`
+ROWS, COLUMNS = 130, 128  # more elements than `dispatch.SMALLEST_DIFFERENTIATED["cpu"]`
 
 
 def self_gated(x):

@@ -1,6 +1,7 @@
 """Tiny models, and small helpers, that several test files share.
 
-Wide enough for the kernels: 2 x 40 tokens of 320 features are more than `backends.SMALLEST_KERNEL["cpu"]` elements.
+Wide enough for the kernels: 2 x 40 tokens of 320 features are more elements than
+`dispatch.SMALLEST_DIFFERENTIATED["cpu"]`.
 """
 
 import torch
@@ -18,8 +19,6 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
 )
-
-from hf_swiglu import backends, direct, reference
 
 HIDDEN, WIDE, VOCABULARY = 64, 320, 128
 SIZES = {
@@ -73,53 +72,6 @@ def tokens(seed: int = 1) -> torch.Tensor:
 
 def hidden_states(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(2, 40, HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
-class CountedOperators:
-    """Inside it, `calls` lists our kernels as they are called: `product` and `product_backward`, with their arguments.
-
-    They are counted where they are called: under a dispatch mode a patched model computes in other ways.
-    """
-
-    def __init__(self):
-        self.calls = []
-
-    def __enter__(self):
-        self._saved = direct._cpu_kernel, backends.swiglu_fwd, backends.swiglu_bwd
-        find, product, product_backward = self._saved
-        packed = reference.LAYOUTS["gate_up"]
-
-        def counting_kernel(name):
-            kernel = find(name)
-
-            def call(threads, power, limits, *tensors):
-                # A kernel that does not take the tensors leaves them to the operator, which is counted below.
-                if not kernel(threads, power, limits, *tensors):
-                    return False
-                gate, up, out = (*packed(tensors[0]), tensors[1]) if name == "packed_product" else tensors
-                self.calls.append(("product", (gate, up, out, power, limits)))
-                return True
-
-            return None if kernel is None else call
-
-        def counting_product(gate, up, out, scalars):
-            self.calls.append(("product", (gate, up, out, *scalars)))
-            product(gate, up, out, scalars)
-
-        def counting_product_backward(*args):
-            self.calls.append(("product_backward", args))
-            product_backward(*args)
-
-        direct._cpu_kernel = counting_kernel
-        backends.swiglu_fwd, backends.swiglu_bwd = counting_product, counting_product_backward
-        return self
-
-    def __exit__(self, *exception):
-        direct._cpu_kernel, backends.swiglu_fwd, backends.swiglu_bwd = self._saved
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self.calls]
 
 
 class GatedMLP(nn.Module):

@@ -5,8 +5,9 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from models import HIDDEN, WIDE, GatedMLP
 from torch import nn
+
+from support.models import HIDDEN, WIDE, GatedMLP
 
 FUSED, SKIPPED = "fused", "skipped"
 LOOKALIKES = {}
