@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from models import tiny_llama
 
-from benchmarks import charts, cli, contenders, kernels, mlps, rows, suite
+from benchmarks import charts, cli, contenders, kernels, mlps, rows, suite, whole_models
+from hf_swiglu import patch_model
 from hf_swiglu.commands.models import copy_sharing_parameters
 from hf_swiglu.commands.timing import Ratio, Times, take_turns
 
@@ -38,6 +40,31 @@ def test_rows_say_what_was_measured_and_where(written):
     trained = next(row for row in measured if row["what"] == "training")
     # Gate, up and two gradients of theirs, float32, are the least that a training step has alive.
     assert trained["contenders"]["eager"]["peak_bytes"] > trained["contenders"]["ours"]["peak_bytes"] > 4 * 64 * 256 * 4
+
+
+@pytest.fixture
+def tiny_model(monkeypatch):
+    """A tiny LLaMA in place of SmolLM2."""
+    monkeypatch.setattr(whole_models.models, "resolve", lambda given: given)
+    monkeypatch.setattr(whole_models.models, "load", lambda source, device: (tiny_llama(), None))
+    monkeypatch.setattr(whole_models, "sample_tokens", lambda tokenizer, device: torch.arange(3, 103).repeat(6)[None])
+
+
+def test_rows_of_a_whole_model(tiny_model):
+    measured = suite.run_benchmarks(["model"], seconds=0, show=lambda line: None)
+    what = ["prefill, 1 x 512 tokens", "decode, 8 tokens after 32", "training, 2 x 256 tokens"]
+    assert [(row["what"], row["dtype"]) for row in measured] == [(w, d) for d in ("float32", "bfloat16") for w in what]
+    for row in measured:
+        assert all(contender["rounds"] == 5 for contender in row["contenders"].values())
+    training = measured[2]["contenders"]
+    # Of each token and layer eager keeps two more tensors of the intermediate size.
+    assert training["eager"]["peak_bytes"] - training["ours"]["peak_bytes"] > 0.9 * 2 * 512 * 320 * 4
+
+
+def test_a_wrong_model_is_refused_not_timed(tiny_model, monkeypatch):
+    monkeypatch.setattr(whole_models, "patch_model", lambda model: patch_model(model, activation="swiglu"))
+    with pytest.raises(contenders.WrongResult, match="ours: logits differ"):
+        suite.run_benchmarks(["model"], seconds=0, show=lambda line: None)
 
 
 def test_a_wrong_result_is_refused_not_timed(small, monkeypatch):
