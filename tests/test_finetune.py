@@ -214,7 +214,7 @@ BAD = {
     empty_file: "there is no text in",
     folder_without_text: "there is no text in",
     no_text_at_all: "cannot read the text",
-    unknown_model: "does not exist",
+    unknown_model: "nowhere",
     no_model_in_the_folder: "cannot load",
     block_beyond_the_context: "longer than the 2048 tokens that",
     batch_beyond_the_text: "smaller --batch",

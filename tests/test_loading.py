@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
 from hf_swiglu import patch_on_load, unpatch_model
+from hf_swiglu.commands.run_script import run_script
 from hf_swiglu.patching.classes import FusedModule
-from hf_swiglu.running import run
 
 BASE = transformers.PreTrainedModel
 
@@ -192,13 +192,13 @@ def test_run_executes_a_script_as_python_would(tmp_path, capsys, monkeypatch):
     script.write_text(SCRIPT.format(sizes=SIZES))
     before = list(sys.argv), list(sys.path)
     with patch_on_load() as reports:
-        run(str(script), ["--epochs", "3"])
+        run_script(str(script), ["--epochs", "3"])
         monkeypatch.chdir(tmp_path)
-        run("train_somebody", ["x"], module=True)
+        run_script("train_somebody", ["x"], module=True)
     assert capsys.readouterr().out == "__main__ ['--epochs', '3'] FusedModule\n__main__ ['x'] FusedModule\n"
     assert [len(report.fused) for report in reports] == [2, 2] and (sys.argv, sys.path) == before
     with pytest.raises(FileNotFoundError, match=r"there is no script 'nowhere.py'"):
-        run("nowhere.py")
+        run_script("nowhere.py")
 
 
 @pytest.mark.parametrize(("ending", "code"), [("", 0), ("sys.exit(0)", 0), ("sys.exit(3)", 3)])

@@ -9,7 +9,8 @@ from support.models import VOCABULARY, GatedMLP, hidden_states, tiny_llama, tiny
 from test_experts import build as experts
 from torch import nn
 
-from hf_swiglu import backends, models, patch_model, reference, swiglu, swiglu_packed
+from hf_swiglu import backends, patch_model, reference, swiglu, swiglu_packed
+from hf_swiglu.commands import models
 from hf_swiglu.reference import SILU, SWIGLU, GLUParams
 from hf_swiglu.testing import counted_launches
 

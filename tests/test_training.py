@@ -9,8 +9,9 @@ import torch
 from accelerate.state import AcceleratorState
 from support.models import VOCABULARY, tiny_llama, tiny_phi3
 from test_finetune import finetune, write_text, write_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_swiglu import backends, models, patch_model
+from hf_swiglu import backends, patch_model
 from hf_swiglu.testing import counted_launches
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
@@ -39,7 +40,7 @@ def tiny(tmp_path_factory):
 
 
 def load(folder):
-    return models.load(models.resolve(str(folder)), torch.device("cpu"))
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def losses_of_fifty_steps(model, checkpointing):

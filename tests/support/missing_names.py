@@ -68,7 +68,7 @@ def use_package_without(name):
     sys.meta_path.insert(0, WithoutOneName)
     import hf_swiglu
     from hf_swiglu import _compat
-    from hf_swiglu.doctor import diagnose
+    from hf_swiglu.commands.doctor import diagnose
     from support.models import tiny_llama, tokens
     from support.outcome import outcome
 
