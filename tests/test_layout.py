@@ -11,9 +11,6 @@ import hf_swiglu
 PACKAGE = Path(hf_swiglu.__file__).parent
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
-# Modules that belong to `commands` or to tools/, and have not moved there yet.
-COMMANDS = ("cli", "demo", "doctor", "inspection", "measuring", "models", "running", "bench", "coverage")
-
 
 def floors():
     """Each room of the map with the number of its line, counted from the top."""
@@ -29,8 +26,7 @@ def modules():
 
 
 def room(module):
-    first = module.partition(".")[0]
-    return "commands" if first in COMMANDS else first
+    return module.partition(".")[0]
 
 
 def imported(source, module, known):

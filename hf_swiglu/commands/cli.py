@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from hf_swiglu._version import __version__
+from hf_swiglu.commands import curves as curve_facts
 from hf_swiglu.commands import doctor as diagnosis
 from hf_swiglu.commands import models
 from hf_swiglu.commands.console import CommandError, run_app, show
@@ -90,6 +91,17 @@ def doctor() -> None:
     for device in devices:
         table.add_row(device, *(found.serving[device, dtype] for dtype in dtypes))
     show(table)
+
+
+@app.command()
+def curves(
+    picture: Annotated[Path | None, typer.Option(help="Draw the curves into this file (needs matplotlib).")] = None,
+) -> None:
+    """SwiGLU beside GELU, ReLU and swish: where it is strong, where its gradient dies, where float16 overflows."""
+    show(curve_facts.table())
+    if picture is not None:
+        curve_facts.draw(picture)
+        show(f"drawn: {picture}")
 
 
 @app.command()
