@@ -16,9 +16,9 @@ from hf_swiglu import _compat
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most bytes of tensors that one call has alive at once, without those that existed before it."""
     if device.type == "cpu":
-        with _LiveTensors() as tensors:
+        with LiveBytes() as memory:
             run()
-        return tensors.peak
+        return memory.peak
     library = getattr(torch, device.type)
     run()
     library.reset_peak_memory_stats(device)
@@ -27,11 +27,11 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return library.max_memory_allocated(device) - start
 
 
-class _LiveTensors(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operators create, from creation until their storage is freed.
 
     Not the resident memory of the process, because the C library keeps what is freed. Memory that an operator
-    allocates and frees before it returns is not counted.
+    allocates and frees before it returns is not counted. It works on the meta device as well.
     """
 
     def __init__(self) -> None:
@@ -40,14 +40,14 @@ class _LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        inputs = {_storage(tensor).data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        for tensor in tree_leaves(result):
+        inputs = set(storages((args, kwargs)))
+        for key, storage in storages(result).items():
             # A view, or a result in place, shares its input's storage.
-            if isinstance(tensor, Tensor) and _storage(tensor).data_ptr() not in inputs:
-                size = _storage(tensor).nbytes()
+            if key not in inputs:
+                size = storage.nbytes()
                 self.live += size
                 self.peak = max(self.peak, self.live)
-                weakref.finalize(_storage(tensor), self._release, size)
+                weakref.finalize(storage, self._release, size)
         return result
 
     def _release(self, size: int) -> None:
@@ -55,8 +55,10 @@ class _LiveTensors(TorchDispatchMode):
 
 
 # Patched modules take the same paths under this mode as without it.
-_compat.passive_modes.add(_LiveTensors)
+_compat.passive_modes.add(LiveBytes)
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
+def storages(tree: object) -> dict[int, torch.UntypedStorage]:
+    """The storages of all tensors in nested containers, by identity."""
+    found = (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return {storage._cdata: storage for storage in found}
