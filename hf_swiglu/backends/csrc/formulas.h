@@ -1,9 +1,7 @@
 /* The formulas of the kernels on vectors of float32, in the operations of a vector_*.h. */
-#include <math.h>
+#include "exp.h"
 
-#include "kernels.h"
-
-/* To the dtype, to nearest and ties to even, and back: PyTorch rounds after each operation. */
+/* x rounded to the dtype, to nearest and ties to even, as a float32: PyTorch rounds after each operator. */
 INLINE vfloat rounded(int dtype, vfloat x)
 {
     if (dtype == FLOAT32)
@@ -11,67 +9,27 @@ INLINE vfloat rounded(int dtype, vfloat x)
     return dtype == BFLOAT16 ? cut_bfloat16(round_bfloat16(x)) : round_to_float16(x);
 }
 
-/* The last rounding of a result. What is stored loses its lower half anyway, and a float16 is rounded on the way. */
+/* The last rounding of a result: storing drops the lower half of a bfloat16, and rounds a float16. */
 INLINE vfloat rounded_to_store(int dtype, vfloat x) { return dtype == BFLOAT16 ? round_bfloat16(x) : x; }
 
-/* e^-x: 2^n times what the polynomial makes of the rest, with n the integer nearest to -x / ln(2). */
-INLINE vfloat exp_minus(int dtype, vfloat x)
-{
-    /* At -88.8 it is an infinity; at 110 it is 0, and so it is at 87 where 2^-127 counts as 0. */
-    if (dtype != BFLOAT16 || SCALE_IS_LIMITED)
-        x = v_at_least(v_at_most(x, v_set(SCALE_IS_LIMITED ? 87.0f : 110.0f)), v_set(-88.8f));
-    vfloat exponent = v_mul(x, v_set(-1.44269504f)), n = v_round(exponent), y;
-
-    /* Polynomials of least relative error (Remez). */
-    if (dtype == BFLOAT16) {
-        /* 2^rest, |rest| <= 1/2, to 2e-7. With fewer terms the bits of some bfloat16 gates differ from PyTorch's. */
-        vfloat rest = v_sub(exponent, n);
-        y = v_mul_add(rest, v_set(0.001326471355f), v_set(0.009671523272f));
-        y = v_mul_add(rest, y, v_set(0.05550733872f));
-        y = v_mul_add(rest, y, v_set(0.2402224192f));
-        y = v_mul_add(rest, y, v_set(0.6931469775f));
-        return v_scale(v_mul_add(rest, y, v_set(1.0f)), n);
-    }
-    /* e^-rest, |rest| <= ln(2) / 2. ln(2) in two parts, the first of 15 bits, so that its product with n is exact on
-       every processor. */
-    vfloat rest = v_mul_add(n, v_set(0.693145751953125f), x);
-    rest = v_mul_add(n, v_set(1.42860682e-6f), rest);
-    if (dtype == FLOAT32) {
-        /* To 7.5e-8, where half an ulp is 6.0e-8. */
-        y = v_mul_add(rest, v_set(-8.297655198e-3f), v_set(4.191538198e-2f));
-        y = v_mul_add(rest, y, v_set(-1.666757473e-1f));
-        y = v_mul_add(rest, y, v_set(4.999889485e-1f));
-        y = v_mul_add(rest, y, v_set(-0.999999692f));
-        return v_scale(v_mul_add(rest, y, v_set(1.000000072f)), n);
-    }
-    /* To 3e-9, and exact to first order at 0: float16 gates near 0 need that. */
-    y = v_mul_add(rest, v_set(1.381454003e-3f), v_set(-8.368745113e-3f));
-    y = v_mul_add(rest, y, v_set(4.166839079e-2f));
-    y = v_mul_add(rest, y, v_set(-1.66665204e-1f));
-    y = v_mul_add(rest, y, v_set(4.999999343e-1f));
-    y = v_mul_add(rest, y, v_set(-1.0f));
-    return v_scale(v_mul_add(rest, y, v_set(1.0f)), n);
-}
-
-/* x * sigmoid(x) where e is e^-x. Exactly 0 times x where e is infinite: that makes swish(-inf) the NaN it is in PyTorch.
-   16-bit results need the quotient itself: a product with the reciprocal is one unit off for 2 gates in float16. */
+/* x * sigmoid(x), rounded, where e is e^-x. An infinite e gives exactly 0 times x, so that swish(-inf) is NaN as in
+   PyTorch. In 16 bits the division is no slower than reciprocal and product: it leaves the ports of other instructions
+   free. In float16 it is needed: the product with a reciprocal is one step off for 2 gates. */
 INLINE vfloat swish_of_exp(int dtype, vfloat x, vfloat e)
 {
     vfloat denominator = v_add(e, v_set(1.0f));
-    if (dtype == FLOAT32)
-        return v_mul(x, v_reciprocal(denominator));
-    return rounded(dtype, dtype == BFLOAT16 ? v_mul(x, v_reciprocal(denominator)) : v_div(x, denominator));
+    return dtype == FLOAT32 ? v_mul(x, v_reciprocal(denominator)) : rounded(dtype, v_div(x, denominator));
 }
 
 INLINE vfloat sigmoid_of_exp(int dtype, vfloat e)
 {
     vfloat denominator = v_add(e, v_set(1.0f));
-    return dtype == FLOAT16 ? v_div(v_set(1.0f), denominator) : v_reciprocal(denominator);
+    return dtype == FLOAT32 ? v_reciprocal(denominator) : v_div(v_set(1.0f), denominator);
 }
 
 INLINE vfloat sigmoid(int dtype, vfloat x) { return sigmoid_of_exp(dtype, exp_minus(dtype, x)); }
 
-/* The gate's activation in a member with limits, before act_limit: PyTorch has one operator for swish, and three for
+/* The activation of a member with limits, before act_limit: one operator of PyTorch for swish, three for
    g * sigmoid(alpha * g). */
 INLINE vfloat general_swish(int dtype, vfloat gate, const Params *params)
 {
@@ -106,27 +64,27 @@ INLINE vfloat product(int dtype, int variant, vfloat gate, vfloat up, const Para
 
 typedef struct { vfloat gate, up; } Gradients;
 
-/* swish, and the gradient of swish given that of its result. With s = sigmoid(alpha * g) that is
-   grad * (s + alpha * g * s * (1 - s)). */
+/* With s = sigmoid(alpha * g): swish is g * s, rounded, and complement is 1 - s. */
 typedef struct { vfloat swish, sigmoid, complement; } Activation;
 
 INLINE Activation activation(int dtype, vfloat alpha, vfloat gate)
 {
     vfloat e = exp_minus(dtype, v_mul(gate, alpha)), s = v_reciprocal(v_add(e, v_set(1.0f)));
-    vfloat swish = dtype == FLOAT32 ? v_mul(gate, s) : swish_of_exp(dtype, gate, e);
+    vfloat swish = dtype == FLOAT16 ? swish_of_exp(dtype, gate, e) : rounded(dtype, v_mul(gate, s));
     return (Activation){swish, s, v_sub(v_set(1.0f), s)};
 }
 
+/* The gradient of swish given that of its result, grad * (s + alpha * g * s * (1 - s)), not rounded. */
 INLINE vfloat swish_gradient(int dtype, vfloat grad, vfloat alpha, vfloat gate, Activation act)
 {
     if (dtype == FLOAT32)
         return v_mul(grad, v_add(act.sigmoid, v_mul(act.swish, v_mul(alpha, act.complement))));
     /* In the order of PyTorch's silu_backward. */
     vfloat slope = v_add(v_set(1.0f), v_mul(gate, act.complement));
-    return rounded(dtype, v_mul(v_mul(grad, act.sigmoid), slope));
+    return v_mul(v_mul(grad, act.sigmoid), slope);
 }
 
-/* The gradient of g * swish(g) in the order of PyTorch's operators. */
+/* The gradient of g * swish(g), not rounded, in the order of PyTorch's operators. */
 INLINE vfloat swiglu_gradient(int dtype, vfloat grad, vfloat alpha, vfloat gate, Activation act)
 {
     if (dtype == FLOAT32) {
@@ -134,11 +92,11 @@ INLINE vfloat swiglu_gradient(int dtype, vfloat grad, vfloat alpha, vfloat gate,
         return v_mul(grad, v_mul(gate, v_add(v_add(act.sigmoid, act.sigmoid), rest)));
     }
     vfloat through_swish = swish_gradient(dtype, rounded(dtype, v_mul(grad, gate)), alpha, gate, act);
-    return rounded(dtype, v_add(rounded(dtype, v_mul(grad, act.swish)), through_swish));
+    return v_add(rounded(dtype, v_mul(grad, act.swish)), rounded(dtype, through_swish));
 }
 
-/* The gradient of g * sigmoid(alpha * g) in 16 bits, added to what else gate gets, in the order of PyTorch's operators.
-   Its sigmoid_backward computes in float32 for bfloat16, and in float16 for float16. */
+/* The gradient of g * sigmoid(alpha * g) in 16 bits, added to `sum`, in the order of PyTorch's operators. Its
+   sigmoid_backward computes in float32 for bfloat16, and in float16 for float16. */
 INLINE vfloat written_gradient(int dtype, vfloat sum, vfloat grad, vfloat gate, vfloat s, const Params *params)
 {
     const int steps = dtype == FLOAT16 ? FLOAT16 : FLOAT32;
@@ -174,13 +132,13 @@ INLINE Gradients gradients_general(int dtype, vfloat grad, vfloat gate_in, vfloa
     } else if (is_written) {
         grad_gate = written_gradient(dtype, v_set(-0.0f), grad_activated, gate, s, params);
     } else if (params->power == 2) {
-        grad_gate = swiglu_gradient(dtype, grad_activated, alpha, gate, act);
+        grad_gate = rounded_to_store(dtype, swiglu_gradient(dtype, grad_activated, alpha, gate, act));
     } else {
-        grad_gate = swish_gradient(dtype, grad_activated, alpha, gate, act);
+        grad_gate = rounded_to_store(dtype, swish_gradient(dtype, grad_activated, alpha, gate, act));
     }
     if (params->gate_limit < INFINITY)
         grad_gate = v_keep_if_at_most(grad_gate, gate_in, v_set(params->gate_passes));
-    vfloat grad_up = rounded(dtype, v_mul(grad, v_at_most(activated, act_limit)));
+    vfloat grad_up = rounded_to_store(dtype, v_mul(grad, v_at_most(activated, act_limit)));
     if (params->up_limit < INFINITY) {
         grad_up = v_keep_if_at_most(grad_up, up_in, v_set(params->up_passes));
         grad_up = v_keep_if_at_most(grad_up, v_set(-params->up_passes), up_in);
@@ -195,12 +153,12 @@ INLINE Gradients gradients(int dtype, int variant, vfloat grad, vfloat gate, vfl
     const vfloat alpha = v_set(1.0f);
     Activation act = activation(dtype, alpha, gate);
     vfloat grad_activated = variant == SWIGLU_ALONE ? grad : rounded(dtype, v_mul(grad, up));
+    vfloat grad_gate, activated = act.swish;
     if (variant == SILU_TIMES_UP) {
-        vfloat grad_up = rounded_to_store(dtype, v_mul(grad, act.swish));
-        return (Gradients){swish_gradient(dtype, grad_activated, alpha, gate, act), grad_up};
+        grad_gate = swish_gradient(dtype, grad_activated, alpha, gate, act);
+    } else {
+        grad_gate = swiglu_gradient(dtype, grad_activated, alpha, gate, act);
+        activated = rounded(dtype, v_mul(gate, act.swish));
     }
-    vfloat activated = rounded(dtype, v_mul(gate, act.swish));
-    vfloat grad_gate = swiglu_gradient(dtype, grad_activated, alpha, gate, act);
-    return (Gradients){grad_gate, rounded_to_store(dtype, v_mul(grad, activated))};
+    return (Gradients){rounded_to_store(dtype, grad_gate), rounded_to_store(dtype, v_mul(grad, activated))};
 }
-

@@ -35,7 +35,12 @@ extern const CpuCapability cpu_capability_baseline;
 /* On other processors the compiler's own vectors serve alone. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_X86_CAPABILITIES
-extern const CpuCapability cpu_capability_avx2, cpu_capability_avx512;
+extern const CpuCapability cpu_capability_avx2, cpu_capability_avx512, cpu_capability_avx512_vnni;
+/* Older compilers do not know it. */
+#if defined(__clang__) ? __clang_major__ >= 15 : __GNUC__ >= 12
+#define HAVE_AVX512_FP16
+extern const CpuCapability cpu_capability_avx512_fp16;
+#endif
 #endif
 
 /* One tensor of a launch: `data` is NULL for an absent one; strides count elements. */

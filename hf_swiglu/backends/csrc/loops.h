@@ -72,8 +72,18 @@ INLINE void backward_block(int dtype, int variant, char *const *operands, int64_
     }
 }
 
+#ifdef HAVE_FLOAT16_ARITHMETIC
+#include "float16_avx512.h"
+#endif
+
 INLINE void block(int direction, int dtype, int variant, char *const *operands, int64_t offset, const Params *params)
 {
+#ifdef HAVE_FLOAT16_ARITHMETIC
+    if (dtype == FLOAT16 && variant != GENERAL) {
+        float16_block(direction, variant, operands, offset);
+        return;
+    }
+#endif
     if (direction == FORWARD)
         forward_block(dtype, variant, operands, offset, params);
     else

@@ -1,4 +1,4 @@
-/* The loops for processors with AVX2, FMA and F16C (2013 and later). */
+/* The kernels for processors with AVX2, FMA and F16C (2013 and later). */
 #include "kernels.h"
 
 #ifdef HAVE_X86_CAPABILITIES

@@ -1,4 +1,4 @@
-/* The loops for processors with AVX-512 (servers since 2017, Zen since 2022). */
+/* The kernels for processors with AVX-512 (servers since 2017). */
 #include "kernels.h"
 
 #ifdef HAVE_X86_CAPABILITIES

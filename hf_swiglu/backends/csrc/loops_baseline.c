@@ -1,4 +1,4 @@
-/* The loops for any processor, with what the compiler may assume of it (SSE2 on x86-64, NEON on arm64). */
+/* The kernels for any processor, with what the compiler may assume of it (SSE2 on x86-64, NEON on arm64). */
 #define INLINE static inline __attribute__((always_inline))
 #include "vector_generic.h"
 #include "loops.h"
