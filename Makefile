@@ -12,13 +12,17 @@ NEWEST_READY := $(NEWEST)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
 PYTHON_FILES := setup.py hf_swiglu tests examples tools
 
-.PHONY: demo test test-newest test-every-pair test-every-float test-deepspeed check coverage coverage-oldest bench clean
+.PHONY: demo test test-fast test-newest test-every-pair test-every-float test-deepspeed check coverage coverage-oldest bench clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Without what takes long, several processes or a GPU.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not distributed and not gpu"
 
 test-newest: $(NEWEST_READY)
 	$(NEWEST)/bin/python -m pytest

@@ -10,6 +10,8 @@ from hf_swiglu import bench, cli
 from hf_swiglu.bench import kernels, mlps, rows
 from hf_swiglu.bench.timing import Times, speedup, take_turns
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small(monkeypatch):

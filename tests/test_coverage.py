@@ -20,6 +20,9 @@ from hf_swiglu.coverage.page import DECLINED, FAILED, FUSED, NO_GATE, OTHER
 from hf_swiglu.coverage.rules import why_no_mlp_gate
 from hf_swiglu.coverage.scan import scan, scan_sources
 
+pytestmark = pytest.mark.slow
+
+
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 
 # Every way in which modeling files write a gated product: the body of forward, and of __init__ where it matters.

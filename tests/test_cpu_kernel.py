@@ -254,6 +254,7 @@ def available_gib():
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
+@pytest.mark.slow
 def test_more_elements_than_32_bits_count(instruction_set):
     if instruction_set != _cpu_kernels.supported_instruction_sets()[0]:
         pytest.skip("addresses do not depend on the instruction set; tested with the fastest")

@@ -7,8 +7,8 @@ from hf_swiglu import _ops, backends
 from hf_swiglu.reference import SILU, SWIGLU
 
 # The largest error of the product, of gate's gradient and of up's, in units in the last place. Measured
-# (Xeon; AVX-512, AVX2 and the baseline agree within 0.8): SILU 4.6, 5.9, 5.2 below a gate of 5 and 2.6, 16.5, 2.4 above,
-# where 1 - sigmoid cancels as it does in eager PyTorch, which is off by 16.5 too; SWIGLU 4.8, 4.8, 4.7 and 2.8, 8.6, 2.9.
+# (Xeon; AVX-512, AVX2 and the baseline agree within 0.8): SILU 4.6, 5.9, 5.2 below a gate of 5 and 2.6, 16.5, 2.4
+# above; SWIGLU 4.8, 4.8, 4.7 and 2.8, 8.6, 2.9. There 1 - sigmoid cancels, and eager PyTorch is off by 16.5 too.
 LARGEST = {
     (SILU, "gate < 5"): (6, 7, 6),
     (SILU, "gate >= 5"): (4, 20, 4),

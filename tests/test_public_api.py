@@ -107,12 +107,14 @@ def imported():
     return in_a_fresh_process(IMPORT)
 
 
+@pytest.mark.slow
 def test_import_loads_no_kernel(imported):
     kernels = {"triton", "hf_swiglu.backends.triton", "hf_swiglu.backends.cpu", "hf_swiglu.backends._cpu_kernels"}
     assert "hf_swiglu.functional" in imported
     assert not kernels & set(imported)
 
 
+@pytest.mark.slow
 def test_import_is_light(imported):
     """No more of the host library than the place where a fusion is announced: its modeling_utils alone takes 0.8 s."""
     known = {"hf_swiglu", *sys.stdlib_module_names}
@@ -134,6 +136,7 @@ assert dict.get(ACT2FN, "swiglu") is hf_swiglu.SwiGLU
 """
 
 
+@pytest.mark.slow
 def test_a_foreign_swiglu_does_not_lock_the_package_out():
     """The advice "call hf_swiglu.register(overwrite=True)" must be possible to follow."""
     in_a_fresh_process(FOREIGN)

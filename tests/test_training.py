@@ -13,7 +13,10 @@ from test_finetune import finetune, write_text, write_tiny_model
 from hf_swiglu import backends, models, patch_model
 from hf_swiglu.testing import counted_launches
 
-pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}"),
+]
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
