@@ -12,13 +12,21 @@ NEWEST_READY := $(NEWEST)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
 PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 
-.PHONY: demo test test-newest test-every-pair test-every-float test-deepspeed check coverage coverage-oldest bench smollm2 clean
+.PHONY: demo test test-fast test-newest test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Without what takes long, several processes or a GPU.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not distributed and not gpu"
+
+# 2,000 examples of each form of the operators, where `make test` tries 200.
+test-fuzz: $(READY)
+	HF_SWIGLU_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/test_operator_fuzz.py
 
 test-newest: $(NEWEST_READY)
 	$(NEWEST)/bin/python -m pytest

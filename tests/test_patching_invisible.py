@@ -197,14 +197,14 @@ def test_a_global_hook_sees_the_same_modules(mlp):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_an_activation_replaced_after_patching_is_honoured(mlp, grad):
+def test_an_activation_replaced_after_patching_takes_effect(mlp, grad):
     with torch.set_grad_enabled(grad):
         for replacement in (nn.GELU(), ACT2FN["swiglu"], nn.SiLU()):
             mlp.act = replacement
             torch.testing.assert_close(mlp(hidden_states()), GatedMLP.forward(mlp, hidden_states()))
 
 
-def test_a_forward_put_on_the_activation_itself_is_honoured(mlp):
+def test_a_forward_put_on_the_activation_itself_takes_effect(mlp):
     mlp.act.forward = torch.tanh
     torch.testing.assert_close(mlp(hidden_states()), GatedMLP.forward(mlp, hidden_states()))
 
@@ -269,6 +269,7 @@ def test_a_pickle_carries_the_original_class(protocol):
     torch.testing.assert_close(loaded.double()(tokens()).logits, model.double()(tokens()).logits)
 
 
+@pytest.mark.slow
 def test_torch_save_loads_where_hf_swiglu_was_never_imported(tmp_path):
     model = tiny_llama().double()
     patch_model(model)

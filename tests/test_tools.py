@@ -76,7 +76,6 @@ def test_vmap_and_functional_call(pair):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_pickle_is_the_originals(pair, protocol):
-    # GatedMLP is told by its module's name here.
     data = [pickle.dumps(mlp, protocol) for mlp in pair]
     assert isinstance(pair[1], FusedModule), "the module itself stays fused"
     loaded = pickle.loads(data[1])
@@ -278,6 +277,7 @@ def in_a_child(model, queue):
     queue.put((isinstance(model[0], FusedModule), model(hidden_states()).detach().numpy()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_child_processes(pair, method):
     context = multiprocessing.get_context(method)
@@ -291,17 +291,17 @@ def test_child_processes(pair, method):
     torch.testing.assert_close(torch.from_numpy(output), pair[0](hidden_states()).detach())
 
 
-def test_registries_of_subclasses_hear_of_none():
-    heard = []
+def test_registries_of_subclasses_get_no_entry():
+    registered = []
 
     class Registered(GatedMLP):
         def __init_subclass__(cls, *, name, **kwargs):
             super().__init_subclass__(**kwargs)
-            heard.append(name)
+            registered.append(name)
 
     class Mine(Registered, name="mine"):
         pass
 
     model = nn.Sequential(Mine())
     assert len(patch_model(model).fused) == 1
-    assert heard == ["mine"]
+    assert registered == ["mine"]

@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_swiglu import backends, patch_model
 from hf_swiglu.testing import counted_launches
 
-pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}"),
+]
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

@@ -289,6 +289,7 @@ def test_every_gate_has_eagers_bits(dtype, form):
         assert differing.count_nonzero() <= (4 if dtype is torch.float16 or result is grad_gate else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["contiguous", "packed"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_cuda_accesses_are_16_bytes_wide(capability, packed):
@@ -307,6 +308,7 @@ def test_cuda_accesses_are_16_bytes_wide(capability, packed):
 
 
 # Triton compiles the value 1 into the kernel, and passes what needs more than 32 bits as another type.
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2880), (16, 1), (16, 2880), (1, 2**31)], ids=str)
 def test_every_kind_of_size_compiles(shape):
     storage = torch.empty(2 * shape[0], shape[1], dtype=torch.bfloat16)
@@ -315,6 +317,7 @@ def test_every_kind_of_size_compiles(shape):
         assert _compile(GPUTarget("cuda", 90, 32), compiled.swiglu_fwd, gate, up, out, SILU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)], ids=["sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPES.get)
 @pytest.mark.parametrize("params", ACTIVATION_PARAMS.values(), ids=ACTIVATION_PARAMS)

@@ -20,6 +20,8 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+from hf_swiglu.patching.classes import FusedModule
+
 HIDDEN, WIDE, VOCABULARY = 64, 320, 128
 SIZES = {
     "hidden_size": HIDDEN,
@@ -72,6 +74,11 @@ def tokens(seed: int = 1) -> torch.Tensor:
 
 def hidden_states(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(2, 40, HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def fused(model: nn.Module) -> int:
+    """How many modules of the model are fused."""
+    return sum(isinstance(module, FusedModule) for module in model.modules())
 
 
 class GatedMLP(nn.Module):
