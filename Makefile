@@ -97,7 +97,7 @@ test-arm64: $(READY)
 	$(BIN)/python tools/arm64/compare.py
 
 docs: $(DOCS)/.ready
-	$(DOCS)/bin/mkdocs build --quiet --strict
+	$(DOCS)/bin/mkdocs build --strict
 
 $(WHEEL)/.ready $(DOCS)/.ready: .venv-%/.ready: constraints-%.txt
 	$(PYTHON) -m venv .venv-$*
