@@ -53,7 +53,7 @@ def test_a_method_that_names_its_class_or_has_a_comprehension(name):
 
 
 def test_nearly_every_method_of_the_standard_library_is_read():
-    """Not read are coroutines, and what its module's other lines compile otherwise: local imports, `super` at the top."""
+    """But for coroutines, and for what other lines of a module change: `super` at its top, for instance."""
     functions = [function for module in MODULES for function in functions_of(module)]
     unread = []
     for function in functions:
