@@ -46,3 +46,7 @@ def test_the_workflow_runs_the_floors_and_the_newest():
 def test_the_api_page_has_every_public_name():
     page = (ROOT / "docs" / "api.md").read_text()
     assert {f"::: hf_swiglu.{name}" for name in hf_swiglu.__all__ if name != "__version__"} <= set(page.splitlines())
+
+
+def test_the_version_to_cite_is_the_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == hf_swiglu.__version__

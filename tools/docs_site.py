@@ -39,9 +39,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for text in sorted(texts):
         for _, target, _ in _LINK.findall(text.read_text(encoding="utf-8")):
             picture = _in_repository(text, target)
-            if picture and PurePosixPath(picture).suffix in PICTURES and not picture.startswith("docs/"):
-                if files.get_file_from_path(picture) is None:
-                    files.append(File.generated(config, picture, abs_src_path=str(ROOT / picture)))
+            is_outside = picture and PurePosixPath(picture).suffix in PICTURES and not picture.startswith("docs/")
+            if is_outside and files.get_file_from_path(picture) is None:
+                files.append(File.generated(config, picture, abs_src_path=str(ROOT / picture)))
     return files
 
 

@@ -66,9 +66,10 @@ def main() -> int:
 
 def compiled(folder: Path) -> str:
     """The driver with the loops in it; what needs Python is compiled on the way."""
-    sources = {file: file.read_text() for file in CSRC.glob("*.c")}
-    needs_python = sorted(file for file, text in sources.items() if "Python.h" in text or '"tensors.h"' in text)
-    loops = sorted(set(sources) - set(needs_python))
+    sources = set(CSRC.glob("*.c"))
+    python_headers = [file.name for file in CSRC.glob("*.h") if "Python.h" in file.read_text()]
+    needs_python = sorted(file for file in sources if any(name in file.read_text() for name in python_headers))
+    loops = sorted(sources - set(needs_python))
     driver, own = folder / "driver", Path(__file__).with_name("driver.c")
     subprocess.run([COMPILER, *FLAGS, f"-I{CSRC}", own, *loops, "-lm", "-o", driver], check=True)
     for file in needs_python:

@@ -34,9 +34,9 @@ int main(int count, char **arguments)
     const int direction = (int)number[0], dtype = (int)number[1], has_up = (int)number[8];
     const int64_t stride = number[6];
 
-    Job job = {
-        .run = instruction_set_baseline.run[direction][dtype][number[2]],
-        .gating = {(int)number[3], parameter[0], parameter[1], parameter[2], parameter[3], parameter[4], parameter[5],
+    Launch launch = {
+        .kernel = cpu_capability_baseline.kernels[direction][dtype][number[2]],
+        .params = {(int)number[3], parameter[0], parameter[1], parameter[2], parameter[3], parameter[4], parameter[5],
                    parameter[6], parameter[7]},
         .inputs = direction == FORWARD ? 2 : 3,
         .operands = direction == FORWARD ? 3 : 5,
@@ -45,20 +45,20 @@ int main(int count, char **arguments)
         .rows = number[4],
         .columns = number[5],
     };
-    const int up = job.inputs - 1, grad_up = direction == FORWARD ? -1 : 4, size = job.element_size;
-    const int64_t elements = job.rows * job.columns;
-    for (int i = 0; i < job.operands; i++) {
+    const int up = launch.inputs - 1, grad_up = direction == FORWARD ? -1 : 4, size = launch.element_size;
+    const int64_t elements = launch.rows * launch.columns;
+    for (int i = 0; i < launch.operands; i++) {
         if (!has_up && (i == up || i == grad_up))
             continue;
-        job.operand[i] = (Operand){room((size_t)(elements * stride * size)), job.columns * stride, stride};
-        for (int64_t at = 0; i < job.inputs && at < elements; at++)
-            if (fread(job.operand[i].data + at * stride * size, (size_t)size, 1, stdin) != 1)
+        launch.operand[i] = (Operand){room((size_t)(elements * stride * size)), launch.columns * stride, stride};
+        for (int64_t at = 0; i < launch.inputs && at < elements; at++)
+            if (fread(launch.operand[i].data + at * stride * size, (size_t)size, 1, stdin) != 1)
                 return 3;
     }
-    run_job(&job);
-    for (int i = job.inputs; i < job.operands; i++)
-        for (int64_t at = 0; job.operand[i].data != NULL && at < elements; at++)
-            if (fwrite(job.operand[i].data + at * stride * size, (size_t)size, 1, stdout) != 1)
+    launch_kernel(&launch);
+    for (int i = launch.inputs; i < launch.operands; i++)
+        for (int64_t at = 0; launch.operand[i].data != NULL && at < elements; at++)
+            if (fwrite(launch.operand[i].data + at * stride * size, (size_t)size, 1, stdout) != 1)
                 return 4;
     return 0;
 }
