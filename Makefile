@@ -85,5 +85,32 @@ $(OLDEST_READY): $(SOURCES) constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . pytest
 	touch $@
 
+# ---- what is published: wheels, the documentation's pages; each in an environment of its own ----
+.PHONY: wheel test-arm64 docs
+WHEEL := .venv-wheel
+DOCS := .venv-docs
+
+# An abi3 wheel and an sdist in dist/, installed without a compiler and run. LDSHARED: without the run path of this
+# Python, which is nobody else's. libgomp is left out: torch brings the same library, and a copy beside it would be a
+# second pool of threads.
+wheel: $(READY) $(WHEEL)/.ready
+	rm -rf dist build/wheel
+	LDSHARED="$${CC:-cc} -shared" $(WHEEL)/bin/python -m build --quiet --outdir build/wheel
+	PATH="$(CURDIR)/$(WHEEL)/bin:$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	$(BIN)/python tools/check_wheel.py dist/*
+
+# The C loops, cross-compiled and run under an emulator; it says what to install where that is missing.
+test-arm64: $(READY)
+	$(BIN)/python tools/arm64/compare.py
+
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/mkdocs build --strict
+
+$(WHEEL)/.ready $(DOCS)/.ready: .venv-%/.ready: constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info hf_swiglu/backends/*.so
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(WHEEL) $(DOCS) build dist site *.egg-info hf_swiglu/backends/*.so
