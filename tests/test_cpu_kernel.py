@@ -258,7 +258,7 @@ def available_gib():
 @pytest.mark.slow
 def test_more_elements_than_32_bits_count(capability):
     if capability != _cpu_kernels.supported_cpu_capabilities()[0]:
-        pytest.skip("addresses do not depend on the instruction set; tested with the fastest")
+        pytest.skip("addresses do not depend on the CPU capability; tested with the fastest")
     if available_gib() < 12:
         pytest.skip(f"needs 12 GiB of free memory; {available_gib():.1f} GiB are free")
     x = torch.full((2**31 + 77,), 2.0, dtype=torch.bfloat16)

@@ -48,13 +48,13 @@ INLINE vfloat exp_minus_bfloat16(vfloat x)
 {
     vfloat rest, y;
 #ifdef HAVE_FRACTION
-    /* 2^rest, 0 <= rest < 1, to 1.1e-7. With the linear term of least error, 0.6931513, sigmoid(-0.01172) is another
-       bfloat16; with ln(2) itself it is swish of subnormal gates. */
+    /* 2^rest, 0 <= rest < 1, to 1.4e-7, and exactly 2 at 1, where the smallest positive gates are: halves of subnormals
+       are ties. A linear term of 0.6931513, which is the best in error, makes sigmoid(-0.01172) another bfloat16. */
     vfloat exponent = v_mul(x, v_set(-1.44269504f));
     rest = v_fraction(exponent);
-    y = v_mul_add(rest, v_set(0.001842526719f), v_set(0.009079302661f));
-    y = v_mul_add(rest, y, v_set(0.05574471503f));
-    y = v_mul_add(rest, y, v_set(0.2401842773f));
+    y = v_mul_add(rest, v_set(0.001842526719f), v_set(0.009079444222f));
+    y = v_mul_add(rest, y, v_set(0.0557445772f));
+    y = v_mul_add(rest, y, v_set(0.2401843518f));
     y = v_mul_add(rest, y, v_set(0.6931489706f));
     return v_scale(v_mul_add(rest, y, v_set(1.0f)), exponent);
 #else
