@@ -31,6 +31,10 @@ _dispatch_modes: Callable[[], int] | None = _private("torch", "_C._len_torch_dis
 _mode_stack: Callable[[], list] | None = _private("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
 _default_hooks: Callable[[bool], Any] | None = _private("torch", "_C._autograd._top_saved_tensors_default_hooks")
 _hooks_enabled: Callable[[], bool] | None = _private("torch", "_C._autograd._saved_tensors_hooks_is_enabled")
+_pop_hooks: Callable[[], None] | None = _private("torch", "_C._autograd._pop_saved_tensors_default_hooks")
+_push_hooks: Callable[[Callable, Callable], None] | None = _private(
+    "torch", "_C._autograd._push_saved_tensors_default_hooks"
+)
 _graph_task: Callable[[], int] | None = _private("torch", "_C._current_graph_task_id")
 _global_hooks: Callable[[], bool] | None = _private("torch.nn.modules.module", "_has_any_global_hook")
 
@@ -50,8 +54,13 @@ def use_counts(tensor: Tensor) -> tuple[int, int]:
     return _storage_use_count(tensor.untyped_storage()._cdata), _tensor_use_count(tensor)
 
 
-# Dispatch modes of our own that count: they keep and change nothing.
+# Dispatch modes of our own that change nothing of what they see.
 passive_modes: set[type] = set()
+
+
+def _is_passive(mode: object) -> bool:
+    # PyTorch's counter of floating-point operations is one too.
+    return type(mode) in passive_modes or type(mode).__module__ == "torch.utils.flop_counter"
 
 
 def is_any_mode_active() -> bool:
@@ -61,7 +70,7 @@ def is_any_mode_active() -> bool:
     """
     if _dispatch_modes is None or _function_modes is None:
         return True
-    if _dispatch_modes() and (_mode_stack is None or not all(type(mode) in passive_modes for mode in _mode_stack())):
+    if _dispatch_modes() and (_mode_stack is None or not all(map(_is_passive, _mode_stack()))):
         return True
     count = _function_modes()
     if not count:
@@ -79,6 +88,13 @@ def _unknown() -> bool:
 has_global_hook: Callable[[], bool] = _unknown if _global_hooks is None else _global_hooks
 
 
+def global_hooks() -> list[Callable]:
+    """The hooks that are registered for every module, as far as PyTorch says which."""
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    tables = [_private("torch.nn.modules.module", f"_global_{kind}_hooks") for kind in kinds]
+    return [_unknown] if None in tables else [hook for table in tables for hook in table.values()]
+
+
 def can_pack_saved_tensors() -> bool:
     """Whether saved-tensor hooks may be used here; without them the product is kept: see `patching.recompute`."""
     return not (_default_hooks is None or _graph_task is None or _hooks_enabled is None) and _hooks_enabled()
@@ -88,6 +104,22 @@ def saved_tensors_default_hooks() -> tuple[Callable, Callable] | None:
     """(pack, unpack) of the innermost `saved_tensors_hooks`, if there are any."""
     assert _default_hooks is not None
     return _default_hooks(True)
+
+
+# Without these two names, keep=0 and keep=1 keep what keep=2 does.
+can_step_outside_hooks = None not in (_pop_hooks, _push_hooks)
+
+
+def pop_saved_tensors_hooks() -> None:
+    """Take the innermost `saved_tensors_hooks` off."""
+    assert _pop_hooks is not None
+    _pop_hooks()
+
+
+def push_saved_tensors_hooks(pack: Callable, unpack: Callable) -> None:
+    """Put them on again."""
+    assert _push_hooks is not None
+    _push_hooks(pack, unpack)
 
 
 def graph_task() -> int:

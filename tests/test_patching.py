@@ -35,7 +35,7 @@ def test_forward_and_gradients_of_the_whole_model_in_the_tolerance_of_eager(buil
     patch_model(model)
     with CountedOperators() as operators:
         fused = _logits_and_gradients(model)
-    # `recompute` may run the product again on the way back.
+    # keep=2 may run the product again on the way back.
     assert operators.names[:2] == ["product"] * 2 and operators.names.count("product_backward") == 2
     assert_all_close_to_float64(fused, eager, exact)
 
@@ -91,13 +91,13 @@ def test_other_options_the_second_time_are_applied():
         return len(seen)
 
     model, fresh = tiny_llama(), tiny_llama()
-    patch_model(fresh, recompute=False)
+    patch_model(fresh, keep=3)
     with patch_on_load(strict=False):
         patch_model(model)
     before = kept(model)
-    assert [entry.verdict for entry in patch_model(model, recompute=False)] == ["fused"] * 2
+    assert [entry.verdict for entry in patch_model(model, keep=3)] == ["fused"] * 2
     assert kept(model) == kept(fresh) > before
-    assert [entry.verdict for entry in patch_model(model, recompute=False)] == ["already fused"] * 2
+    assert [entry.verdict for entry in patch_model(model, keep=3)] == ["already fused"] * 2
     assert unpatch_model(model) == 2
 
 
