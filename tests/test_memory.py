@@ -332,5 +332,6 @@ def test_torch_compile_trains_without_our_operators():
     torch._dynamo.reset()
     compiled = torch.compile(patched, fullgraph=True, backend=collect)
     torch.testing.assert_close(gradients(patched, lambda _, x: compiled(x)), gradients(mlp))
-    code = graphs[0].print_readable(print_output=False)
+    # What is recomputed for backward is a graph of its own inside.
+    code = "".join(graph.code for graph in graphs[0].modules() if hasattr(graph, "code"))
     assert len(graphs) == 1 and "silu" in code and "hf_swiglu" not in code

@@ -174,7 +174,8 @@ def test_torch_compile_sees_one_graph_without_our_operators(build):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=collect)(tokens()).logits
     torch.testing.assert_close(compiled, model(tokens()).logits)
-    code = graphs[0].print_readable(print_output=False)
+    # What is recomputed for backward is a graph of its own inside.
+    code = "".join(graph.code for graph in graphs[0].modules() if hasattr(graph, "code"))
     assert len(graphs) == 1 and "silu" in code and "hf_swiglu" not in code
 
 

@@ -36,6 +36,9 @@ METHODS: dict[str, str] = {
     **dict.fromkeys(("chunk", "split"), SPLITS),
 }
 
+# Methods of a tensor that no input goes into, a weight for instance, that write to nothing.
+OF_WEIGHTS = {*METHODS, "max", "min", "t", "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand"}
+
 # Only what is PyTorch's own at import is meant: a function that was put in its place is not in these.
 FUNCTIONS: dict[Any, str] = {
     **{getattr(torch, name): ELEMENTWISE for name in _ARITHMETIC if hasattr(torch, name)},

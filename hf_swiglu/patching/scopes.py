@@ -17,6 +17,7 @@ from hf_swiglu.patching.operators import (
     LINEAR,
     METHODS,
     OF_ROWS_ALONE,
+    OF_WEIGHTS,
     REDUCTIONS,
     SPLITS,
     acts_on_last_dimension,
@@ -206,6 +207,12 @@ class Scope:
         if isinstance(node.func, ast.Attribute):
             owner = self.value(node.func.value)
             if owner is ROWS or owner is OTHER or isinstance(owner, Tensor):
+                if (
+                    owner is not ROWS
+                    and node.func.attr in OF_WEIGHTS
+                    and not _has([*arguments, *named.values()], ROWS, CUT)
+                ):
+                    return OTHER
                 return self._operator(METHODS, node.func.attr, node.func.attr, [owner, *arguments], named)
         function = self.value(node.func)
         if isinstance(function, nn.Module):
