@@ -275,8 +275,8 @@ def test_saved_tensors_that_come_back_in_another_shape_are_an_error(pair):
 
 @needs_kernel
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("recompute", [True, False])
-def test_compiled_autograd(recompute, backend):
+@pytest.mark.parametrize("keep", [3, 2, 1, 0])
+def test_compiled_autograd(keep, backend):
     from torch._dynamo import compiled_autograd
 
     results = []
@@ -285,7 +285,7 @@ def test_compiled_autograd(recompute, backend):
         torch.manual_seed(0)
         mlp = GatedMLP()
         if patch:
-            patch_model(nn.Sequential(mlp), recompute=recompute)
+            patch_model(nn.Sequential(mlp), keep=keep)
         x = hidden_states().requires_grad_()
         loss = mlp(x).square().sum()
         with compiled_autograd._enable(torch.compile(backend=backend)):

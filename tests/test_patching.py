@@ -30,7 +30,7 @@ def test_forward_and_gradients_of_the_whole_model_in_the_tolerance_of_eager(buil
     patch_model(model)
     with counted_launches() as launches:
         fused = outcome(model, input_ids=tokens())
-    # `recompute` may run the product again on the way back.
+    # keep=2 may run the product again on the way back.
     assert launches.names[:2] == ["swiglu_fwd"] * 2 and launches.names.count("swiglu_bwd") == 2
     assert_close(fused, eager, exact)
     # The rule tells GELU from swish in every tensor that the activation has a part in.
@@ -70,13 +70,13 @@ def test_other_options_the_second_time_are_applied():
         return len(seen)
 
     model, fresh = tiny_llama(), tiny_llama()
-    patch_model(fresh, recompute=False)
+    patch_model(fresh, keep=3)
     with patch_on_load(strict=False):
         patch_model(model)
     before = kept(model)
-    assert [entry.verdict for entry in patch_model(model, recompute=False)] == ["fused"] * 2
+    assert [entry.verdict for entry in patch_model(model, keep=3)] == ["fused"] * 2
     assert kept(model) == kept(fresh) > before
-    assert [entry.verdict for entry in patch_model(model, recompute=False)] == ["already fused"] * 2
+    assert [entry.verdict for entry in patch_model(model, keep=3)] == ["already fused"] * 2
     assert unpatch_model(model) == 2
 
 

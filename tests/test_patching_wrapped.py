@@ -161,7 +161,9 @@ def test_torch_compile_sees_one_graph_without_our_operators(build):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=collect)(tokens()).logits
     torch.testing.assert_close(compiled, model(tokens()).logits)
-    assert len(graphs) == 1 and "silu" in graphs[0].code and "hf_swiglu" not in graphs[0].code
+    # What is recomputed for backward is a graph of its own inside.
+    code = "".join(graph.code for graph in graphs[0].modules() if hasattr(graph, "code"))
+    assert len(graphs) == 1 and "silu" in code and "hf_swiglu" not in code
 
 
 def test_torch_compile_with_inductor():

@@ -21,6 +21,7 @@ from hf_swiglu.commands.console import CommandError, run_app, show
 from hf_swiglu.commands.demo import run_demo
 from hf_swiglu.commands.inspection import inspect_model, nothing_to_fuse
 from hf_swiglu.commands.run_script import patched_processes, run_script
+from hf_swiglu.patching import memory
 from hf_swiglu.patching.swap import ACTIVATIONS
 
 app = typer.Typer(
@@ -125,7 +126,8 @@ def run(
     module: Annotated[bool, typer.Option("-m", help="TARGET is a module's name.")] = False,
     activation: Annotated[str | None, typer.Option(help='Swap the gates\' activation: "swiglu" or "silu".')] = None,
     only: Annotated[list[str] | None, typer.Option(help="A class or qualified name pattern; may be repeated.")] = None,
-    recompute: Annotated[bool, typer.Option(help="Keep two buffers for backward instead of three.")] = True,
+    keep: Annotated[int | None, typer.Option(help="Buffers that an MLP keeps for backward, 0 to 3.")] = None,
+    tile: Annotated[int | None, typer.Option(help="Rows of gate and up that exist at a time; with keep=0.")] = None,
 ) -> int:
     """Run a Python script with every transformers model fused as it is built, in threads and in child processes too.
 
@@ -137,7 +139,11 @@ def run(
     if activation not in (None, *ACTIVATIONS):
         raise typer.BadParameter(f"--activation is {' or '.join(ACTIVATIONS)}; got {activation!r}")
     try:
-        with patched_processes({"activation": activation, "only": only, "recompute": recompute}):
+        memory.checked(keep, tile)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    try:
+        with patched_processes({"activation": activation, "only": only, "keep": keep, "tile": tile}):
             run_script(target, arguments or (), module=module)
     except Exception:
         # The script's own failure, shown as Python shows it.

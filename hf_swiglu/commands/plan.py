@@ -101,7 +101,8 @@ def plan_memory(
         raise ValueError(f"tokens must be at least 1; got {tokens}")
     limit = None if budget is None else read_bytes(budget)
     config = load_config(resolve(given), trust_remote_code=trust_remote_code)
-    model = build_on_meta(given, config, trust_remote_code).to(DTYPES[dtype]).train()
+    model = build_on_meta(given, config, trust_remote_code).train()
+    model.to(DTYPES[dtype])  # type: ignore[arg-type]
     model.set_attn_implementation(ATTENTION)
     if checkpointing:
         _enable_checkpointing(model)
@@ -184,8 +185,8 @@ def _step(model: PreTrainedModel, mlps: list[str], tokens: int) -> Cost:
 
 def _enable_checkpointing(model: nn.Module) -> None:
     # transformers 5.24 renamed it.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)()
 
 
 def _gigabytes(size: int) -> str:
