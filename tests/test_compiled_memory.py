@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from models import WIDE, hidden_states
+from support.models import WIDE, hidden_states
 from test_keep import assert_close, gemma, phi3, run_and_differentiate
 from test_memory import llama
 from torch._dynamo.backends.common import aot_autograd

@@ -6,9 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from hf_swiglu.cli import main
-from models import HIDDEN, WIDE, GatedMLP, hidden_states, tiny_gemma, tiny_llama, tiny_phi3, tokens
 from peft import LoraConfig, inject_adapter_in_model
+from support.models import HIDDEN, WIDE, GatedMLP, hidden_states, tiny_gemma, tiny_llama, tiny_phi3, tokens
 from test_memory import (
     LARGE,
     TOKENS,
@@ -33,6 +32,7 @@ from transformers import GemmaConfig
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 
 from hf_swiglu import backends, patch_model, patch_on_load, unpatch_model
+from hf_swiglu.commands.cli import main
 from hf_swiglu.patching.classes import FusedModule
 
 needs_kernel = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")

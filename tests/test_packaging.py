@@ -15,8 +15,9 @@ SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # The stack that the plugin is for: what they do with a patched model is tested, and nothing of them is imported.
 NOT_IMPORTED = {"accelerate", "safetensors"}
-# torch brings it where it exists; without it the Triton backend is unavailable, and the import is not reached.
-NOT_DECLARED = {"triton"}
+# torch brings Triton where it exists; without it the backend is unavailable, and the import is not reached. matplotlib
+# is the extra "demo", for `hf-swiglu curves --picture`.
+NOT_DECLARED = {"triton", "matplotlib"}
 
 
 def imported() -> set[str]:

@@ -6,15 +6,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_swiglu.measuring import peak_bytes
-from lookalikes import LOOKALIKES
-from models import HIDDEN, WIDE, GatedMLP, hidden_states, tiny_llama, tokens
+from support.lookalikes import LOOKALIKES
+from support.models import HIDDEN, WIDE, GatedMLP, hidden_states, tiny_llama, tokens
 from test_keep import MODULES, RUNS, assert_close, built, gemma, llama, lora, phi3, run_and_differentiate
 from test_memory import LARGE, TOKENS, Quantised
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_swiglu import patch_model
+from hf_swiglu.commands.memory import peak_bytes
 from hf_swiglu.patching import rowwise
 
 ROWWISE = {
