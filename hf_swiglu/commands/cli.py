@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from pathlib import Path
@@ -17,6 +18,7 @@ from hf_swiglu._version import __version__
 from hf_swiglu.commands import curves as curve_facts
 from hf_swiglu.commands import doctor as diagnosis
 from hf_swiglu.commands import models
+from hf_swiglu.commands import plan as memory_plan
 from hf_swiglu.commands.console import CommandError, run_app, show
 from hf_swiglu.commands.demo import run_demo
 from hf_swiglu.commands.inspection import inspect_model, nothing_to_fuse
@@ -117,6 +119,36 @@ def inspect(
     show(found)
     if not found.report.fused:
         raise CommandError(nothing_to_fuse(found.class_name, found.report))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help=_MODEL_HELP)],
+    tokens: Annotated[int, typer.Option(help="Tokens of the sequence.")],
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With gradient checkpointing.")] = False,
+    budget: Annotated[str | None, typer.Option(help='Memory to fit into, such as "24GB" or "80GiB".')] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs to read.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that the repository ships.")
+    ] = False,
+) -> None:
+    """The memory of a training step with each keep and tile, from the model's config alone: no weights are loaded.
+
+    For instance: hf-swiglu plan meta-llama/Llama-3.1-8B --tokens 16384 --checkpointing --budget 80GB
+    """
+    try:
+        found = memory_plan.plan_memory(
+            model,
+            tokens=tokens,
+            dtype=dtype,
+            checkpointing=checkpointing,
+            budget=budget,
+            trust_remote_code=trust_remote_code,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    show(json.dumps(found.to_json(), indent=2) if as_json else memory_plan.table(found))
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})

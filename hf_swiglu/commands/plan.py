@@ -81,7 +81,7 @@ def plan_memory(
     budget: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Simulate a training step of one sequence on the meta device, without a weight and without patching; then patched.
+    """Simulate a training step of one sequence on the meta device, unpatched and with each setting.
 
     Args:
         given: a Hub id, a folder with a config.json, a .gguf file, or "smollm2".
@@ -106,17 +106,18 @@ def plan_memory(
     model.set_attn_implementation(ATTENTION)
     if checkpointing:
         _enable_checkpointing(model)
-    report = patch_model(model, strict=False)
-    if not report.fused:
+    # With keep=0, so that MLPs with other activations than SiLU are among them.
+    report = patch_model(model, keep=0, strict=False)
+    mlps = [entry.name for entry in (*report.fused, *report.memory_only)]
+    if not mlps:
         raise ModelError(nothing_to_fuse(type(model).__name__, report))
-    mlps = [entry.name for entry in report.fused]
     unpatch_model(model)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     rows: list[Row] = []
     unpatched: Cost | None = None
     for setting, options in SETTINGS:
         if options is not None:
-            patch_model(model, **options)  # type: ignore[arg-type]
+            patch_model(model, strict=False, **options)  # type: ignore[arg-type]
         cost = _step(model, mlps, tokens)
         unpatch_model(model)
         unpatched = unpatched or cost
