@@ -70,6 +70,7 @@ def kernel(gate, up, grad, gating):
     return outs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_gate(dtype, form, instruction_set):
