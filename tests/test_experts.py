@@ -46,6 +46,7 @@ def observe(model):
     return outcome(model, input_ids=ids, labels=ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("name", MODELS)
 def test_experts_compute_the_same_under_every_implementation(name, implementation):

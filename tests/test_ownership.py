@@ -273,6 +273,7 @@ def test_saved_tensors_that_come_back_in_another_shape_are_an_error(pair):
         out.sum().backward()
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("keep", [3, 2, 1, 0])

@@ -148,6 +148,7 @@ def test_greedy_generation_is_identical(build):
     assert launches.names, "the prompt is long enough for a kernel"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny_llama, tiny_phi3])
 def test_torch_compile_sees_one_graph_without_our_operators(build):
     model = build()
@@ -166,6 +167,7 @@ def test_torch_compile_sees_one_graph_without_our_operators(build):
     assert len(graphs) == 1 and "silu" in code and "hf_swiglu" not in code
 
 
+@pytest.mark.slow
 def test_torch_compile_with_inductor():
     mlp = GatedMLP()
     patch_model(nn.Sequential(mlp))

@@ -71,6 +71,7 @@ def kernel(gate, up, grad, params):
     return outs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_gate(dtype, form, capability):

@@ -272,6 +272,7 @@ SAME_BITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", SAME_BITS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_gate_has_eagers_bits(dtype, form):
