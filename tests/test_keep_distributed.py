@@ -5,15 +5,18 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from models import tiny_llama, tokens
-from test_patching_distributed import _free_port, _join
+from support.models import tiny_llama, tokens
+from support.processes import free_port, join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_swiglu import patch_model
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo")
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo"),
+]
 
 STEPS = 20
 # Of the two sequences one has fewer tokens, and tiles, than the other.
@@ -69,7 +72,7 @@ def wrapped(model, how):
 
 def _rank(rank, port, how, setting):
     torch.set_num_threads(1)
-    _join(rank, len(LENGTHS), port)
+    join(rank, len(LENGTHS), port)
     try:
         model = tiny_llama().double()
         expected = losses_of_one(copy.deepcopy(model))
@@ -84,4 +87,4 @@ def _rank(rank, port, how, setting):
 @pytest.mark.parametrize("setting", [{"keep": 0}, {"tile": 16}], ids=str)
 @pytest.mark.parametrize("how", ["ddp", "layer", "mlp", "projections"])
 def test_two_processes_train_as_one(how, setting):
-    torch.multiprocessing.spawn(_rank, (_free_port(), how, setting), nprocs=len(LENGTHS))
+    torch.multiprocessing.spawn(_rank, (free_port(), how, setting), nprocs=len(LENGTHS))

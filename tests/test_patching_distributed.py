@@ -1,14 +1,13 @@
 """Fused models in DDP and FSDP2, over gloo: two processes compute what one does."""
 
 import copy
-import datetime
 
 import pytest
 import torch
 import torch.distributed as dist
 from support.models import GatedMLP, tiny_llama, tokens
 from support.outcome import outcome
-from support.processes import free_port
+from support.processes import free_port, join
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,16 +20,9 @@ from hf_swiglu.testing import counted_launches
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo")
 
 
-def _join(rank: int, size: int, port: int) -> None:
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group(
-        "gloo", init_method=address, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
-    )
-
-
 @pytest.fixture
 def group():
-    _join(0, 1, free_port())
+    join(0, 1, free_port())
     yield
     dist.destroy_process_group()
 
@@ -57,7 +49,7 @@ def _compare_ddp(rank: int, patch_first: bool) -> None:
 
 def _ddp_rank(rank: int, port: int) -> None:
     torch.set_num_threads(1)
-    _join(rank, 2, port)
+    join(rank, 2, port)
     try:
         # DDP's models go before the group. One that outlives it joins gloo's threads while holding the GIL they may
         # wait for: 5 runs of 22 never ended, without this package too. https://github.com/pytorch/pytorch/issues/56297
