@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from models import tiny_llama
+from support.models import tiny_llama
 
 from benchmarks import charts, cli, contenders, kernels, mlps, rows, suite, whole_models
 from hf_swiglu import patch_model

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from hf_swiglu import _compat, doctor
+from hf_swiglu import _compat
+from hf_swiglu.commands import cli, doctor
 
 NAMES = list(_compat.NAMES)
 
@@ -36,7 +37,6 @@ def test_names_that_are_looked_up_late_are_listed():
 
 
 def test_the_doctor_prints_what_is_missing(capsys, monkeypatch):
-    from hf_swiglu import cli
 
     monkeypatch.setitem(_compat.missing, "torch._C.gone", "a fast path")
     assert doctor.diagnose().missing["torch._C.gone"] == "a fast path"

@@ -24,7 +24,7 @@ def capabilities():
     if backends.unavailable("cpu") is None:
         from hf_swiglu.backends import _cpu_kernels
 
-        sets = _cpu_kernels.supported_instruction_sets()
+        sets = _cpu_kernels.supported_cpu_capabilities()
     reason = "no CPU kernel: " + str(backends.unavailable("cpu"))
     gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
     return [
@@ -40,10 +40,10 @@ def device(request):
         return
     from hf_swiglu.backends import _cpu_kernels
 
-    before = _cpu_kernels.instruction_set()
-    _cpu_kernels.use_instruction_set(request.param)
+    before = _cpu_kernels.cpu_capability()
+    _cpu_kernels.use_cpu_capability(request.param)
     yield "cpu"
-    _cpu_kernels.use_instruction_set(before)
+    _cpu_kernels.use_cpu_capability(before)
 
 
 def operands():

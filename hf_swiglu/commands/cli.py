@@ -88,7 +88,7 @@ def doctor() -> None:
     for backend in found.backends:
         show(f"{backend.name:13} {diagnosis.describe(backend)}")
     for name, without in found.missing.items():
-        show(f"{name} is missing, and with it: {without}")
+        show(f"without {name}: {without}")
     devices, dtypes = (list(dict.fromkeys(column)) for column in zip(*found.serving, strict=True))
     table = Table("device", *dtypes, box=box.SIMPLE)
     for device in devices:
