@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ _push_hooks: Callable[[Callable, Callable], None] | None = _private(
     "torch", "_C._autograd._push_saved_tensors_default_hooks"
 )
 _graph_task: Callable[[], int] | None = _private("torch", "_C._current_graph_task_id")
+_keep_graph: Callable[[], bool] | None = _private("torch", "_C._autograd._get_current_graph_task_keep_graph")
 _global_hooks: Callable[[], bool] | None = _private("torch.nn.modules.module", "_has_any_global_hook")
 
 increment_version: Callable[[Tensor], None] | None = _private("torch.autograd.graph", "increment_version")
@@ -51,7 +53,9 @@ can_prove_ownership = None not in (_storage_use_count, _tensor_use_count, increm
 def use_counts(tensor: Tensor) -> tuple[int, int]:
     """(users of the tensor's storage, users of the tensor itself outside Python among them)"""
     assert _storage_use_count is not None and _tensor_use_count is not None
-    return _storage_use_count(tensor.untyped_storage()._cdata), _tensor_use_count(tensor)
+    storage = tensor.untyped_storage()
+    # A storage that somebody holds as such is handed out as the same object once more.
+    return _storage_use_count(storage._cdata) + sys.getrefcount(storage), _tensor_use_count(tensor)
 
 
 # Dispatch modes of our own that change nothing of what they see.
@@ -126,6 +130,11 @@ def graph_task() -> int:
     """Which backward pass is running in this thread."""
     assert _graph_task is not None
     return _graph_task()
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is running may be followed by another one through the same graph."""
+    return _keep_graph is None or _keep_graph()
 
 
 def fusion_registry() -> tuple[dict[str, Any], type] | None:

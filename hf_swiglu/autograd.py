@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from hf_swiglu import _compat, backends, reference
 from hf_swiglu.reference import LAYOUTS, Gating
+from hf_swiglu.saved import places
 
 
 def new_product(gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor:
@@ -59,13 +60,14 @@ def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
     saved = _unpack_last(ctx)
     if _needs_plain_gradients(grad, saved) or not all(_is_plain(tensor, grad) for tensor in saved):
         return _plain_gradients(ctx, saved, grad)
-    gate, up = _gate_and_up(ctx, *saved)
     if ctx.layout is not None:
-        grad_gate_up = torch.empty_like(saved[0])
-        backends.product_backward(grad, gate, up, *_gate_and_up(ctx, grad_gate_up), backends.scalars(ctx.gating))  # type: ignore[call-arg]
+        (grad_gate_up,) = places(saved)
+        operands = *_gate_and_up(ctx, *saved), *_gate_and_up(ctx, grad_gate_up)
+        backends.product_backward(grad, *operands, backends.scalars(ctx.gating))  # type: ignore[arg-type, call-arg]
         return [grad_gate_up]
-    grad_gate = torch.empty_like(gate)
-    grad_up = None if up is None else torch.empty_like(up)
+    gradients: list = places(saved if saved[1] is not None else saved[:1])
+    grad_gate, grad_up = (*gradients, None)[:2]
+    gate, up = saved
     backends.product_backward(grad, gate, up, grad_gate, grad_up, backends.scalars(ctx.gating))
     return [grad_gate, grad_up]
 
