@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,9 @@ _device_context: type | None = _private("torch.utils._device", "DeviceContext", 
 _storage_use_count: Callable[[int], int] | None = _private("torch", "_C._storage_Use_Count", _OVERWRITE)
 _tensor_use_count: Callable[[Tensor], int] | None = _private("torch", "Tensor._use_count", _OVERWRITE)
 increment_version: Callable[[Tensor], None] | None = _private("torch.autograd.graph", "increment_version", _OVERWRITE)
+_keep_graph: Callable[[], bool] | None = _private(
+    "torch", "_C._autograd._get_current_graph_task_keep_graph", "writing gradients over gate and up in backward"
+)
 
 # What the graph saves: see `patching.recompute`.
 _default_hooks: Callable[[bool], Any] | None = _private(
@@ -150,7 +154,9 @@ def is_wrapper_subclass(tensor: Tensor) -> bool:
 def use_counts(tensor: Tensor) -> tuple[int, int]:
     """(users of the tensor's storage, users of the tensor itself outside Python among them)"""
     assert _storage_use_count is not None and _tensor_use_count is not None
-    return _storage_use_count(tensor.untyped_storage()._cdata), _tensor_use_count(tensor)
+    storage = tensor.untyped_storage()
+    # A storage object that Python code holds is returned again, and has more references.
+    return _storage_use_count(storage._cdata) + sys.getrefcount(storage), _tensor_use_count(tensor)
 
 
 # Dispatch modes of this package that change nothing of what they see.
@@ -222,6 +228,11 @@ def graph_task() -> int:
 def node_classes(functions: Sequence[type[torch.autograd.Function]]) -> tuple[type, ...]:
     """The classes of these functions' nodes in the graph; none where they cannot be told."""
     return () if _node_class is None else tuple(function._backward_cls for function in functions)  # type: ignore[attr-defined]
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is running may be followed by another one through the same graph."""
+    return _keep_graph is None or _keep_graph()
 
 
 def fusion_registry() -> tuple[dict[str, Any], type] | None:

@@ -13,6 +13,7 @@ from hf_swiglu import _compat, reference
 from hf_swiglu._ops import launch_bwd, launch_fwd
 from hf_swiglu.interception import is_transformed
 from hf_swiglu.reference import LAYOUTS, GLUParams
+from hf_swiglu.saved import places
 
 
 def new_product(gate: Tensor, up: Tensor | None, params: GLUParams) -> Tensor:
@@ -55,13 +56,14 @@ def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
     saved = _unpack_last(ctx)
     if _needs_plain_gradients(grad, saved) or not all(_is_plain(tensor, grad) for tensor in saved):
         return _plain_gradients(ctx, saved, grad)
-    gate, up = _gate_and_up(ctx, *saved)
     if ctx.layout is not None:
-        grad_gate_up = torch.empty_like(saved[0])
-        launch_bwd(grad, gate, up, *_gate_and_up(ctx, grad_gate_up), ctx.params)  # type: ignore[call-arg]
+        (grad_gate_up,) = places(saved)
+        operands = *_gate_and_up(ctx, *saved), *_gate_and_up(ctx, grad_gate_up)
+        launch_bwd(grad, *operands, ctx.params)  # type: ignore[arg-type, call-arg]
         return [grad_gate_up]
-    grad_gate = torch.empty_like(gate)
-    grad_up = None if up is None else torch.empty_like(up)
+    gradients: list = places(saved if saved[1] is not None else saved[:1])
+    grad_gate, grad_up = (*gradients, None)[:2]
+    gate, up = saved
     launch_bwd(grad, gate, up, grad_gate, grad_up, ctx.params)
     return [grad_gate, grad_up]
 
