@@ -42,8 +42,10 @@ def compare(module: nn.Module, name: str, original: type[nn.Module], fused: type
             results.append(_run(function, probe))
         finally:
             set_class(module, present)
+    # A matrix product of fewer rows may be summed in another order.
+    has_tiles = fused._swiglu_memory.tile is not None if issubclass(fused, FusedModule) else False
     for what, expected, result in zip(("output", "gradient"), *results):
-        if what == "output" and expected.is_cpu and expected.dtype in (torch.bfloat16, torch.float16):
+        if what == "output" and not has_tiles and expected.is_cpu and expected.dtype in (torch.bfloat16, torch.float16):
             differing = int(((result != expected) & ~(result.isnan() & expected.isnan())).count_nonzero())
             if differing:
                 raise RuntimeError(
