@@ -58,7 +58,7 @@ _function_mode_at: Callable[[int], object] | None = _private(
 )
 _device_context: type | None = _private("torch.utils._device", "DeviceContext", f"under a default device, {_OVERWRITE}")
 
-# Who owns a tensor's memory: see `patching.ownership`.
+# Who owns a tensor's memory: see `patching.rewriting.ownership`.
 _storage_use_count: Callable[[int], int] | None = _private("torch", "_C._storage_Use_Count", _OVERWRITE)
 _tensor_use_count: Callable[[Tensor], int] | None = _private("torch", "Tensor._use_count", _OVERWRITE)
 increment_version: Callable[[Tensor], None] | None = _private("torch.autograd.graph", "increment_version", _OVERWRITE)
@@ -66,7 +66,7 @@ _keep_graph: Callable[[], bool] | None = _private(
     "torch", "_C._autograd._get_current_graph_task_keep_graph", "writing gradients over gate and up in backward"
 )
 
-# What the graph saves: see `patching.recompute`.
+# What the graph saves: see `patching.memory.recompute`.
 _default_hooks: Callable[[bool], Any] | None = _private(
     "torch", "_C._autograd._top_saved_tensors_default_hooks", _RECOMPUTE
 )
@@ -193,7 +193,7 @@ def global_hooks() -> list[Callable]:
 
 
 def can_pack_saved_tensors() -> bool:
-    """Whether saved-tensor hooks may be used here; without them the product is kept: see `patching.recompute`."""
+    """Whether saved-tensor hooks may be used here; without them the product is kept: see `patching.memory.recompute`."""
     return not (_default_hooks is None or _graph_task is None or _hooks_enabled is None) and _hooks_enabled()
 
 

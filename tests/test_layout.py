@@ -1,6 +1,7 @@
 """The map in CONTRIBUTING.md is true: every module is on it, and imports point downwards only."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ PACKAGE = Path(hf_swiglu.__file__).parent
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
 
+@functools.cache
 def floors():
     """Each room of the map with the number of its line, counted from the top."""
     block = re.search(r"## Where things live\n.*?```\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL)[1]
@@ -26,7 +28,10 @@ def modules():
 
 
 def room(module):
-    return module.partition(".")[0]
+    """The innermost room of the map that the module is in."""
+    names = module.split(".")
+    inside = [".".join(names[:length]) for length in range(len(names), 0, -1)]
+    return next((name for name in inside if name in floors()), names[0])
 
 
 def imported(source, module, known):

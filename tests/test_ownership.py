@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from hf_swiglu import backends, patch_model
 from hf_swiglu.commands.memory import peak_bytes
-from hf_swiglu.patching.ownership import counts, owned_counts
+from hf_swiglu.patching.rewriting.ownership import counts, owned_counts
 from hf_swiglu.testing import counted_launches
 
 needs_kernel = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")

@@ -9,8 +9,9 @@ from support.outcome import outcome
 from torch import nn
 
 from hf_swiglu import PatchReport, dispatch, patch_model, patch_on_load, unpatch_model
-from hf_swiglu.patching import classes, patch
-from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.patching import patch
+from hf_swiglu.patching.rewriting import classes
+from hf_swiglu.patching.rewriting.classes import FusedModule
 from hf_swiglu.testing import assert_close, counted_launches, why_not_close
 
 FAMILIES = pytest.mark.parametrize("build", [tiny_llama, tiny_phi3])

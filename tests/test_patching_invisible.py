@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_swiglu import patch_model, unpatch_model
 from hf_swiglu.commands import memory
-from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.patching.rewriting.classes import FusedModule
 from hf_swiglu.testing import counted_launches
 
 

@@ -16,8 +16,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from hf_swiglu import patch_model, unpatch_model
-from hf_swiglu.patching import classes, patch
-from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.patching import patch
+from hf_swiglu.patching.rewriting import classes
+from hf_swiglu.patching.rewriting.classes import FusedModule
 
 WIDTH = 32
 CONFIG = SIZES | {"hidden_size": WIDTH, "intermediate_size": 96}

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_swiglu import patch_model
-from hf_swiglu.patching import methods
-from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.patching.recognition import methods
+from hf_swiglu.patching.rewriting.classes import FusedModule
 
 
 @pytest.mark.parametrize("build, kind", [(tiny_llama, "separate"), (tiny_phi3, "packed")])

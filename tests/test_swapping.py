@@ -18,7 +18,7 @@ from transformers import (
 from transformers.activations import SiLUActivation
 
 from hf_swiglu import SwiGLU, patch_model, unpatch_model
-from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.patching.rewriting.classes import FusedModule
 from hf_swiglu.testing import counted_launches
 
 
@@ -204,7 +204,7 @@ def test_an_unknown_activation(activation):
 
 
 def test_an_error_after_the_swap_restores_model_and_config(monkeypatch):
-    from hf_swiglu.patching import classes
+    from hf_swiglu.patching.rewriting import classes
 
     def failing(*args):
         raise KeyError("after the swap")
@@ -268,7 +268,7 @@ def test_an_adapter_of_a_swapped_model_is_warned_of(tmp_path, caplog):
 
 
 def test_a_swap_that_fails_goes_back_one_step_and_undo_to_the_beginning(monkeypatch):
-    from hf_swiglu.patching import classes
+    from hf_swiglu.patching.rewriting import classes
 
     model = tiny_llama(hidden_act="gelu")
     before = _state(model)

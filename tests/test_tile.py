@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_swiglu import patch_model
 from hf_swiglu.commands.memory import peak_bytes
-from hf_swiglu.patching import rowwise
+from hf_swiglu.patching.memory import rowwise
 
 ROWWISE = {
     "functional_silu", "factors_swapped", "packed_gate_first", "packed_gate_last", "packed_slices",

@@ -23,7 +23,7 @@ from hf_swiglu.commands.console import CommandError, run_app, show
 from hf_swiglu.commands.demo import run_demo
 from hf_swiglu.commands.inspection import inspect_model, nothing_to_fuse
 from hf_swiglu.commands.run_script import patched_processes, run_script
-from hf_swiglu.patching import memory
+from hf_swiglu.patching.memory import settings
 from hf_swiglu.patching.swap import ACTIVATIONS
 
 app = typer.Typer(
@@ -171,7 +171,7 @@ def run(
     if activation not in (None, *ACTIVATIONS):
         raise typer.BadParameter(f"--activation is {' or '.join(ACTIVATIONS)}; got {activation!r}")
     try:
-        memory.checked(keep, tile)
+        settings.checked(keep, tile)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     try:

@@ -1,10 +1,9 @@
 """Fusing the gated MLPs of models that are loaded, or being loaded, and undoing it.
 
-methods, flow, shapes, matching     the gated products in the source of a class's methods
-recognition, survey                 the products of one module, of a model
-source, rewriting, classes          the class whose methods fuse them
-activations, fusing, ownership, recompute, composites      what such methods call
-memory, planning, forwards, regions, compiled      keep and tile
-rowwise, scopes, operators, children      whether a forward may run again, and on a part of its rows
-patch, swap, verify, report, load, fusion_config      what users call
+patch, swap, verify, report        `patch_model`, `unpatch_model`, and what they tell
+load, fusion_config                patching while a model is built
+survey, activations                the gated products of a model; what is SiLU or SwiGLU, and fusable now
+rewriting/                         the class whose methods fuse the products, and what such methods call
+memory/                            what is kept for backward: keep and tile
+recognition/                       the gated products in the source of a class's methods
 """

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from hf_swiglu.patching.memory import checked
+from hf_swiglu.patching.memory.settings import checked
 from hf_swiglu.patching.patch import patch_model
 from hf_swiglu.patching.report import ALREADY_FUSED, FUSED, PatchReport
 from hf_swiglu.patching.verify import compare_fused

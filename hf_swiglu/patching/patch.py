@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_swiglu import _compat
-from hf_swiglu.patching import classes, swap
-from hf_swiglu.patching.classes import FusedModule
-from hf_swiglu.patching.memory import DEFAULT_KEEP, Memory, checked
-from hf_swiglu.patching.planning import settled
-from hf_swiglu.patching.recognition import Found
+from hf_swiglu.patching import swap
+from hf_swiglu.patching.memory.planning import settled
+from hf_swiglu.patching.memory.settings import DEFAULT_KEEP, Memory, checked
+from hf_swiglu.patching.recognition.recognise import Found
+from hf_swiglu.patching.recognition.source import NoSource
 from hf_swiglu.patching.report import ALREADY_FUSED, FUSED, MEMORY_ONLY, SKIPPED, Entry, PatchReport, Verdict
-from hf_swiglu.patching.source import NoSource
+from hf_swiglu.patching.rewriting import classes
+from hf_swiglu.patching.rewriting.classes import FusedModule
 from hf_swiglu.patching.survey import choose, survey
 from hf_swiglu.patching.verify import compare
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_swiglu.patching.memory import DEFAULT_KEEP
+from hf_swiglu.patching.memory.settings import DEFAULT_KEEP
 
 Verdict = Literal["fused", "already fused", "memory only", "skipped"]
 FUSED: Verdict = "fused"

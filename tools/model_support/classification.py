@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from hf_swiglu.patching.recognition import Found
+from hf_swiglu.patching.recognition.recognise import Found
 from hf_swiglu.patching.survey import survey
 from tools.model_support.comparison import NoComparison, why_different
 from tools.model_support.instances import Instance, Instances, build_instances, import_modeling_files

@@ -14,7 +14,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from hf_swiglu.patching.memory import Memory
+from hf_swiglu.patching.memory.settings import Memory
 
 _aten = torch.ops.aten
 MATRIX_PRODUCTS = (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_swiglu import dispatch, reference
 from hf_swiglu.patching.activations import fusable, has_no_hooks, is_sigmoid
-from hf_swiglu.patching.ownership import counts, mark_written, may_be_written, owned_counts
+from hf_swiglu.patching.rewriting.ownership import counts, mark_written, may_be_written, owned_counts
 from hf_swiglu.reference import LAYOUTS, GLUParams
 
 # To find out takes 2 us of a call, where a new tensor of 4,096 elements takes 1 (torch 2.13, Xeon with AVX-512).

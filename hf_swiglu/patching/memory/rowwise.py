@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from hf_swiglu.patching.methods import UNKNOWN
-from hf_swiglu.patching.recompute import is_every_call_watched
-from hf_swiglu.patching.scopes import ROWS, NotShown, Scope
-from hf_swiglu.patching.source import NoSource, method_tree
+from hf_swiglu.patching.memory.recompute import is_every_call_watched
+from hf_swiglu.patching.memory.scopes import ROWS, NotShown, Scope
+from hf_swiglu.patching.recognition.methods import UNKNOWN
+from hf_swiglu.patching.recognition.source import NoSource, method_tree
 
 _DEPTH = 4
 

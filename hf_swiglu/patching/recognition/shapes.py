@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from hf_swiglu.patching.flow import same
+from hf_swiglu.patching.recognition.flow import same
 
 _MULTIPLICATIONS = {"mul", "multiply"}
 # Modules whose functions are called, not methods of a tensor.

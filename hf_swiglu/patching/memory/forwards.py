@@ -17,8 +17,8 @@ from torch.compiler import is_dynamo_compiling
 
 from hf_swiglu import _compat
 from hf_swiglu.interception import is_tracing, is_transformed
-from hf_swiglu.patching import children, compiled, regions, rowwise
-from hf_swiglu.patching.memory import Memory
+from hf_swiglu.patching.memory import children, compiled, regions, rowwise
+from hf_swiglu.patching.memory.settings import Memory
 
 # With fewer rows nothing is computed again.
 SMALLEST_RECOMPUTED = 32

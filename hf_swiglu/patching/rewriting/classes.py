@@ -20,11 +20,12 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 
 from hf_swiglu import _compat
-from hf_swiglu.patching import compiled, forwards, fusing, recompute, regions
 from hf_swiglu.patching.activations import fusable
-from hf_swiglu.patching.memory import Memory
-from hf_swiglu.patching.recognition import Choice
-from hf_swiglu.patching.rewriting import rewrite
+from hf_swiglu.patching.memory import compiled, forwards, recompute, regions
+from hf_swiglu.patching.memory.settings import Memory
+from hf_swiglu.patching.recognition.recognise import Choice
+from hf_swiglu.patching.rewriting import fusing
+from hf_swiglu.patching.rewriting.rewrite import rewrite
 
 
 class FusedModule(nn.Module):

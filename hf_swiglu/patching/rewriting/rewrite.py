@@ -16,11 +16,10 @@ import copy
 import types
 from collections.abc import Sequence
 
-from hf_swiglu.patching import shapes
-from hf_swiglu.patching.flow import Flow, same
-from hf_swiglu.patching.matching import Chain, Gated
-from hf_swiglu.patching.methods import Method
-from hf_swiglu.patching.source import NoSource, rebuild, with_closure
+from hf_swiglu.patching.recognition.flow import Flow, same
+from hf_swiglu.patching.recognition.matching import Chain, Gated, consumer, first_projection
+from hf_swiglu.patching.recognition.methods import Method
+from hf_swiglu.patching.recognition.source import NoSource, rebuild, with_closure
 
 # Of the names in rewritten code.
 _PREFIX = "_swiglu_"
@@ -104,28 +103,6 @@ def _insert_guard(definition: ast.FunctionDef, flow: Flow, name: str) -> None:
         for node in ast.walk(statement):
             ast.copy_location(node, definition.body[0])
     definition.body[has_docstring:has_docstring] = guard
-
-
-def consumer(product: ast.expr, flow: Flow) -> ast.Call | None:
-    """The call whose one argument is the product, directly or under a name that nothing else reads."""
-    parent = flow.parents.get(id(product))
-    value: ast.expr | None = product
-    if isinstance(parent, (ast.Assign, ast.AnnAssign)):
-        name = shapes.target_name(parent)
-        value = flow.sole_use(name, flow.place(parent)) if name else None
-        parent = flow.parents.get(id(value)) if value is not None else None
-    if isinstance(parent, ast.Call) and shapes.is_plain_call(parent) and parent.args[0] is value:
-        return parent
-    return None
-
-
-def first_projection(product: Gated, flow: Flow) -> ast.Call | None:
-    """The call that makes the operand which is evaluated first, in the product or under a name that it alone reads."""
-    operand: ast.expr | None = product.up if product.up_first else product.gate
-    if isinstance(operand, ast.Name):
-        place = flow.definition_of([operand])
-        operand = place.statement.value if place is not None else None  # type: ignore[attr-defined]
-    return operand if isinstance(operand, ast.Call) and shapes.is_plain_call(operand) else None
 
 
 class _Copy:

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_swiglu.patching import children
-from hf_swiglu.patching.methods import UNKNOWN, attribute_of, free_value
-from hf_swiglu.patching.operators import (
+from hf_swiglu.patching.memory import children
+from hf_swiglu.patching.memory.operators import (
     FUNCTIONS,
     LINEAR,
     METHODS,
@@ -22,7 +21,8 @@ from hf_swiglu.patching.operators import (
     SPLITS,
     acts_on_last_dimension,
 )
-from hf_swiglu.patching.source import mangled
+from hf_swiglu.patching.recognition.methods import UNKNOWN, attribute_of, free_value
+from hf_swiglu.patching.recognition.source import mangled
 
 _ARITHMETIC = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_swiglu.patching.activations import ACTIVATION_CLASSES, OTHER_FUNCTIONS, is_sigmoid, params_of
-from hf_swiglu.patching.flow import same
-from hf_swiglu.patching.matching import Chain, Gated
-from hf_swiglu.patching.methods import UNKNOWN, Method, value_of
+from hf_swiglu.patching.recognition.flow import same
+from hf_swiglu.patching.recognition.matching import Chain, Gated
+from hf_swiglu.patching.recognition.methods import UNKNOWN, Method, value_of
 from hf_swiglu.reference import SILU, GLUParams
 
 Reading = Gated | Chain

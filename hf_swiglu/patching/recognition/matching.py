@@ -21,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_swiglu.patching import shapes
-from hf_swiglu.patching.flow import Flow, Place, stored_names
+from hf_swiglu.patching.recognition import shapes
+from hf_swiglu.patching.recognition.flow import Flow, Place, stored_names
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,28 @@ def chains_at(node: ast.AST, flow: Flow) -> list[Chain]:
         return []
     read = [_Reading(flow, node, place).chain(factors[1 - at], factors[at], up_first=at == 0) for at in (1, 0)]
     return [chain for chain in read if chain is not None]
+
+
+def consumer(product: ast.expr, flow: Flow) -> ast.Call | None:
+    """The call whose one argument is the product, directly or under a name that nothing else reads."""
+    parent = flow.parents.get(id(product))
+    value: ast.expr | None = product
+    if isinstance(parent, (ast.Assign, ast.AnnAssign)):
+        name = shapes.target_name(parent)
+        value = flow.sole_use(name, flow.place(parent)) if name else None
+        parent = flow.parents.get(id(value)) if value is not None else None
+    if isinstance(parent, ast.Call) and shapes.is_plain_call(parent) and parent.args[0] is value:
+        return parent
+    return None
+
+
+def first_projection(product: Gated, flow: Flow) -> ast.Call | None:
+    """The call that makes the operand which is evaluated first, in the product or under a name that it alone reads."""
+    operand: ast.expr | None = product.up if product.up_first else product.gate
+    if isinstance(operand, ast.Name):
+        place = flow.definition_of([operand])
+        operand = place.statement.value if place is not None else None  # type: ignore[attr-defined]
+    return operand if isinstance(operand, ast.Call) and shapes.is_plain_call(operand) else None
 
 
 class _Side:

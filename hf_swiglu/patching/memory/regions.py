@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_swiglu import _compat
-from hf_swiglu.patching import composites, recompute
+from hf_swiglu.patching.memory import composites, recompute
 
 _state = threading.local()
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
 
 from hf_swiglu import _compat, autograd
-from hf_swiglu.patching import composites
 from hf_swiglu.patching.activations import has_no_hooks
+from hf_swiglu.patching.memory import composites
 
 # Where the forwards of projections come from that read their input and write to none of it; their hooks see to weights
 # and devices. Of other code that is not known: it may write through `.data`, which autograd does not notice.

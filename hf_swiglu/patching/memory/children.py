@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from hf_swiglu.patching.activations import ACTIVATION_CLASSES, has_no_hooks
-from hf_swiglu.patching.recompute import comes_from_trusted
+from hf_swiglu.patching.memory.recompute import comes_from_trusted
 
 _ELEMENTWISE = (ACTIVATION_CLASSES - {nn.PReLU}) | {
     nn.SiLU, nn.GELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.Tanh, nn.Mish,

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hf_swiglu.patching import children, rowwise
-from hf_swiglu.patching.matching import Gated
-from hf_swiglu.patching.memory import DEFAULT_KEEP, Memory
-from hf_swiglu.patching.methods import value_of
-from hf_swiglu.patching.recognition import Choice
-from hf_swiglu.patching.rewriting import consumer, first_projection
+from hf_swiglu.patching.memory import children, rowwise
+from hf_swiglu.patching.memory.settings import DEFAULT_KEEP, Memory
+from hf_swiglu.patching.recognition.matching import Gated, consumer, first_projection
+from hf_swiglu.patching.recognition.methods import value_of
+from hf_swiglu.patching.recognition.recognise import Choice
 
 
 def settled(

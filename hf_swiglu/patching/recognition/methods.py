@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_swiglu.patching.flow import Flow
-from hf_swiglu.patching.matching import Chain, Gated, chains_at, gated_at
-from hf_swiglu.patching.source import NoSource, mangled, method_tree
+from hf_swiglu.patching.recognition.flow import Flow
+from hf_swiglu.patching.recognition.matching import Chain, Gated, chains_at, gated_at
+from hf_swiglu.patching.recognition.source import NoSource, mangled, method_tree
 
 # Long methods, and none of a model's own.
 _FOREIGN = ("torch.", "transformers.modeling_utils", "transformers.generation.")
