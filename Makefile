@@ -17,8 +17,9 @@ PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
 
+# Threads that wait for work sleep, so that several processes on few cores do not take each other's time.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 # Without what takes long, several processes or a GPU. For its small tensors a second thread costs more than it brings:
 # 27 s of processor time with one, 133 with two (2 cores, busy).
@@ -60,7 +61,8 @@ coverage-oldest: $(OLDEST_READY)
 # The rows say which device they are of; the tables in both pages come from them.
 bench: $(READY)
 	$(BIN)/python -m benchmarks measure --compile --rows benchmarks/results/rows.jsonl
-	$(BIN)/python -m benchmarks plot benchmarks/results/rows.jsonl --folder benchmarks/results --page README.md --page docs/performance.md
+	$(BIN)/python -m benchmarks plot benchmarks/results/rows.jsonl --folder benchmarks/results --page README.md --page docs/performance.md --page docs/long-sequences.md
+	cp benchmarks/results/cpu_long_sequences.png docs/images/memory.png
 
 # The packaged SmolLM2 as a folder, for examples without the Hub.
 smollm2: build/smollm2/config.json

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks import long_sequences, memory_chart
 from benchmarks.rows import machine, read
 
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -14,6 +15,7 @@ _HEADS = {
     "kernel": "| what | dtype | size | eager | ours | | into existing memory | | of copy bandwidth | others |",
     "mlp": "| what | dtype | MLP | eager | ours | | memory, eager | ours | others |",
     "model": "| what | dtype | model | eager | ours | | memory, eager | ours | others |",
+    "long": f"| sequence | {' | '.join(long_sequences.SETTINGS)} |",
 }
 
 
@@ -23,7 +25,7 @@ def plot(files: Sequence[Path], *, folder: Path, pages: Iterable[Path] = ()) -> 
     Args:
         files: what `measure --rows` wrote. Of each type of device, only the machine measured last is shown, and of each
             case on it, the last row.
-        folder: where the charts go, as `cpu.png`, `cuda.png`.
+        folder: where the charts go, as `cpu.png` and `cpu_long_sequences.png`, or `cuda.png`.
         pages: Markdown files; what stands between `<!-- table: LEVEL -->` and `<!-- end of table -->` is replaced.
 
     Returns:
@@ -46,7 +48,12 @@ def plot(files: Sequence[Path], *, folder: Path, pages: Iterable[Path] = ()) -> 
     charts = []
     for device_type in dict.fromkeys(row["device_type"] for row in rows):
         charts.append(folder / f"{device_type}.png")
-        _draw([row for row in rows if row["device_type"] == device_type], charts[-1])
+        of_device = [row for row in rows if row["device_type"] == device_type]
+        _draw(of_device, charts[-1])
+        long_rows = [row for row in of_device if row["level"] == "long"]
+        if long_rows:
+            charts.append(folder / f"{device_type}_long_sequences.png")
+            memory_chart.draw(long_rows, charts[-1])
     for page, text in texts.items():
         page.write_text(text, encoding="utf-8")
     return charts
@@ -77,6 +84,10 @@ def table(rows: Sequence[dict], level: str) -> str:
 
 def _cells(row: dict) -> list[str]:
     contenders = row["contenders"]
+    if row["level"] == "long":
+        # Peak memory, and the time in parts of eager's.
+        cells = [f"{each['peak_bytes'] / 1e6:,.0f} MB, {1 / each['speedup']:.2f}" for each in contenders.values()]
+        return [row["size"], *cells]
     eager, ours = contenders["eager"], contenders["ours"]
     cells = [row["what"], row["dtype"], row["size"], _time(eager["us"]), _time(ours["us"]), f"{ours['speedup']:.2f}x"]
     if row["level"] != "kernel":
@@ -115,7 +126,7 @@ def _draw(rows: Sequence[dict], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     kernels = [row for row in rows if row["level"] == "kernel" and _has_work(row)]
-    wholes = [row for row in rows if row["level"] != "kernel"]
+    wholes = [row for row in rows if row["level"] in ("mlp", "model")]
     figure, (left, right) = plt.subplots(1, 2, figsize=(15, 0.23 * max(len(kernels), 2 * len(wholes)) + 2))
     _bars(left, kernels, {"ours": "new memory, both", "into": "existing memory, both"}, _speedup)
     left.set_title("kernel: times faster than eager PyTorch")

@@ -24,13 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 @app.command()
 def measure(
-    level: Annotated[list[str] | None, typer.Option(help="kernel, mlp or model; may be repeated.")] = None,
+    level: Annotated[list[str] | None, typer.Option(help="kernel, mlp, model or long; may be repeated.")] = None,
     device: Annotated[str | None, typer.Option(help="A torch device; by default a GPU if there is one.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="For each contender of each case.")] = 0.5,
     compile: Annotated[bool, typer.Option(help="Measure torch.compile too.")] = False,
     rows: Annotated[Path | None, typer.Option(help="Append the rows to this file, as JSON lines.")] = None,
 ) -> None:
-    """Time and memory of the kernels, of an MLP and of SmolLM2, against eager PyTorch. Takes minutes."""
+    """Time and memory of kernels, an MLP, SmolLM2 and long sequences, against eager PyTorch. Takes half an hour."""
     unknown = set(level or ()) - LEVELS.keys()
     if unknown:
         raise typer.BadParameter(f"--level is {', '.join(LEVELS)}; got {', '.join(sorted(unknown))}")

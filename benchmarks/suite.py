@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import kernels, mlps, whole_models
+from benchmarks import kernels, long_sequences, mlps, whole_models
 from benchmarks.contenders import why_not_compiled
 from benchmarks.rows import surroundings
 from hf_swiglu.commands import doctor
 
-LEVELS = {"kernel": kernels.measure, "mlp": mlps.measure, "model": whole_models.measure}
+LEVELS = {"kernel": kernels.measure, "mlp": mlps.measure, "model": whole_models.measure, "long": long_sequences.measure}
 
 
 def run_benchmarks(
@@ -29,7 +29,7 @@ def run_benchmarks(
     """Measure eager PyTorch, ours and others, on one device.
 
     Args:
-        levels: "kernel", "mlp" and "model", or some of them.
+        levels: "kernel", "mlp", "model" and "long", or some of them.
         device: a torch device; a GPU if there is one, by default.
         seconds: how long to measure each contender of each case.
         compiled: measure torch.compile too, where it works; it takes long to start.

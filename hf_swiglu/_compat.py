@@ -193,7 +193,7 @@ def global_hooks() -> list[Callable]:
 
 
 def can_pack_saved_tensors() -> bool:
-    """Whether saved-tensor hooks may be used here; without them the product is kept: see `patching.memory.recompute`."""
+    """Whether saved-tensor hooks may be used here; without them `patching.memory.recompute` keeps the product."""
     return not (_default_hooks is None or _graph_task is None or _hooks_enabled is None) and _hooks_enabled()
 
 

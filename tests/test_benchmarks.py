@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.models import tiny_llama
 
-from benchmarks import charts, cli, contenders, kernels, mlps, rows, suite, whole_models
+from benchmarks import charts, cli, contenders, kernels, long_sequences, mlps, rows, suite, whole_models
 from hf_swiglu import patch_model
 from hf_swiglu.commands.models import copy_sharing_parameters
 from hf_swiglu.commands.timing import Ratio, Times, take_turns
@@ -150,15 +150,28 @@ def test_tables_are_of_the_machine_measured_last(written, tmp_path):
     assert page.read_text().count("| forward |") == sum(row["what"] == "forward" for row in measured)
 
 
+def test_rows_of_long_sequences_become_a_picture_and_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(long_sequences, "LENGTHS", (512, 1024))
+    file, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    measured = suite.run_benchmarks(["long"], seconds=0, file=file, show=lambda line: None)
+    for row in measured:
+        peaks = [row["contenders"][name]["peak_bytes"] for name in ("eager", "keep=2", "keep=0", "tile=512")]
+        assert list(row["contenders"]) == list(long_sequences.SETTINGS) and peaks == sorted(peaks, reverse=True)
+    page.write_text("<!-- table: long -->\n<!-- end of table -->\n")
+    drawn = charts.plot([file], folder=tmp_path, pages=[page])
+    assert drawn[-1].name == "cpu_long_sequences.png" and drawn[-1].stat().st_size > 10_000
+    assert "| 1 x 1024 |" in page.read_text()
+
+
 def test_an_unknown_level_is_refused():
-    with pytest.raises(ValueError, match="no level galaxy; the levels are kernel, mlp, model"):
+    with pytest.raises(ValueError, match="no level galaxy; the levels are kernel, mlp, model, long"):
         suite.run_benchmarks(["galaxy"])
 
 
 def test_an_unknown_level_is_a_usage_error(capsys):
     assert cli.main(["measure", "--level", "whole"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--level is kernel, mlp, model; got whole" in line
+    assert "--level is kernel, mlp, model, long; got whole" in line
 
 
 @pytest.mark.parametrize(
