@@ -175,10 +175,10 @@ def test_interruption_and_surprises_are_one_line_too(capsys, monkeypatch):
 def test_unreachable_hub_as_a_process():
     """A whole process, for its exit code, its streams, and the absence of colours in a pipe."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "hf_swiglu", "inspect", "nobody/has-this-model"]
+    command = [sys.executable, "-m", "hf_swiglu", "inspect", "unknown-owner/no-such-model"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"hf-swiglu: cannot load nobody/has-this-model: We couldn't connect .*\n", done.stderr)
+    assert re.fullmatch(r"hf-swiglu: cannot load unknown-owner/no-such-model: We couldn't connect .*\n", done.stderr)
 
 
 @pytest.mark.slow
