@@ -20,8 +20,8 @@ from torch.autograd import forward_ad
 NAMES: dict[str, str] = {}
 missing: dict[str, str] = {}
 
-_KERNELS = "every kernel: transforms of functions cannot be told from ordinary calls"
-_DIRECT = "launches past PyTorch's dispatcher: dispatch modes and profilers cannot be told from none"
+_KERNELS = "every kernel: function transforms cannot be detected"
+_DIRECT = "launches without PyTorch's dispatcher: dispatch modes and profilers cannot be detected"
 _OVERWRITE = "writing a product over its gate: sole ownership of memory cannot be proved"
 _KEEP = "keep=0, keep=1 and tiles in training: two buffers are kept"
 _RECOMPUTE = "computing the product again in backward: three buffers are kept, not two"
@@ -83,7 +83,7 @@ _is_wrapper: Callable[[Tensor], bool] | None = _private(
     "torch.utils._python_dispatch", "is_traceable_wrapper_subclass", f"under tensor parallelism, {_RECOMPUTE}"
 )
 _global_hooks: Callable[[], bool] | None = _private(
-    "torch.nn.modules.module", "_has_any_global_hook", "fused products: hooks of all modules cannot be told from none"
+    "torch.nn.modules.module", "_has_any_global_hook", "fused products: hooks of all modules cannot be detected"
 )
 
 _global_tables: list[dict | None] = [
@@ -107,7 +107,7 @@ module_call: Callable[..., Any] = nn.Module.__call__
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _state = vars(nn.Module())
 for _hook in HOOKS:
-    NAMES[f"torch.nn.Module().{_hook}"] = "fused products: hooks of activations cannot be told from none"
+    NAMES[f"torch.nn.Module().{_hook}"] = "fused products: hooks of activations cannot be detected"
     if _hook not in _state:
         missing[f"torch.nn.Module().{_hook}"] = NAMES[f"torch.nn.Module().{_hook}"]
 knows_hooks = all(hook in _state for hook in HOOKS)

@@ -150,7 +150,7 @@ def _planned(name: str, module: nn.Module, found: Found, requested: Memory) -> _
         )
         return _Planned(entry, module, found, fused)
 
-    choices = found.choices or (found.others if requested.keep < DEFAULT_KEEP else ())
+    choices = found.choices or (found.memory_only if requested.keep < DEFAULT_KEEP else ())
     if not choices:
         was_patched = isinstance(module, FusedModule) and classes.wrapper_of(type(module)) is None
         return dataclasses.replace(

@@ -242,7 +242,7 @@ class Scope:
         if len(arguments) != 1 or named:
             raise NotShown(f"its {self._function.__name__} calls a {type(child).__name__} with several arguments")
         if getattr(child, "inplace", False) or not children.has_trusted_forward(child):
-            raise NotShown(f"a {type(child).__name__} in it works in place, or has a forward of its own")
+            raise NotShown(f"a {type(child).__name__} in it works in place, or has a user-defined forward")
         reason = children.not_rowwise(child)
         if reason is None:
             reason = self._module_by_source(child, arguments[0])

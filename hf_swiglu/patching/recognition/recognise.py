@@ -50,7 +50,7 @@ class Found:
     params: GLUParams | None
     reason: str = ""
     # The products of a gate with another activation, which no kernel computes: only their memory can be saved.
-    others: tuple[Choice, ...] = ()
+    memory_only: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def recognise(module: nn.Module, methods: Iterable[Method]) -> Found | None:
     """The gated products in `methods`, those of the module's class; None where nothing indicates one."""
     methods = [method for method in methods if _runs(method, module)]
     choices, first = [], None
-    others = []
+    unfusable = []
     for method in methods:
         chosen: list[Reading] = []
         for readings in method.analysis.readings:
@@ -73,7 +73,7 @@ def recognise(module: nn.Module, methods: Iterable[Method]) -> Found | None:
                 if activation is None or not _is_of_projections(reading, method, module):
                     continue
                 if activation.params is None:
-                    others.append((reading, method, activation))
+                    unfusable.append((reading, method, activation))
                 elif not _overlaps(reading, chosen):
                     chosen.append(reading)
                     first = first or (reading, method, activation)
@@ -84,12 +84,12 @@ def recognise(module: nn.Module, methods: Iterable[Method]) -> Found | None:
         reading, method, activation = first
         kind = _kind(reading, method, module)
         return Found(tuple(choices), kind, activation.name, activation.child, activation.params)
-    for reading, method, activation in others:
+    for reading, method, activation in unfusable:
         if activation.child is not None or _has_gated_shapes(module):
             reason = f"its gate's activation is {activation.name}, not SiLU or SwiGLU"
             return Found(
                 (), _kind(reading, method, module), activation.name, activation.child, None, reason,
-                _unfused((method, reading) for reading, method, _ in others),
+                _unfused((method, reading) for reading, method, _ in unfusable),
             )  # fmt: skip
     return _suspected(module, methods)
 
