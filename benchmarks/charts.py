@@ -1,4 +1,4 @@
-"""Draws a chart of the rows of each device, and writes the tables between markers in Markdown pages."""
+"""Draws a chart of the rows of each device type, and writes the tables between markers in Markdown pages."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def plot(files: Sequence[Path], *, folder: Path, pages: Iterable[Path] = ()) -> 
     """Draw one chart for each type of device, and write the tables into pages.
 
     Args:
-        files: what `measure --rows` wrote. Of each type of device, only the machine measured last is shown, and of each
-            case on it, the last row.
+        files: the output of `measure --rows`. For each type of device, only the machine measured last is shown, with
+            the last row of each case.
         folder: where the charts go, as `cpu.png` and `cpu_long_sequences.png`, or `cuda.png`.
-        pages: Markdown files; what stands between `<!-- table: LEVEL -->` and `<!-- end of table -->` is replaced.
+        pages: Markdown files; the text between `<!-- table: LEVEL -->` and `<!-- end of table -->` is replaced.
 
     Returns:
         The charts.
@@ -40,9 +40,9 @@ def plot(files: Sequence[Path], *, folder: Path, pages: Iterable[Path] = ()) -> 
         >>> from benchmarks.charts import plot
         >>> plot([Path("benchmarks/results/rows.jsonl")], folder=Path("benchmarks/results"))  # doctest: +SKIP
     """
-    rows = _of_the_last_machines(read(files))
+    rows = _rows_of_last_machines(read(files))
     if not rows:
-        raise ValueError(f"plot: no rows in {', '.join(map(str, files))}; `measure --rows FILE` writes some")
+        raise ValueError(f"plot: no rows in {', '.join(map(str, files))}; write some with `measure --rows FILE`")
     texts = {page: _with_tables(page.read_text(encoding="utf-8"), rows) for page in pages}
     folder.mkdir(parents=True, exist_ok=True)
     charts = []
@@ -59,13 +59,13 @@ def plot(files: Sequence[Path], *, folder: Path, pages: Iterable[Path] = ()) -> 
     return charts
 
 
-def _of_the_last_machines(rows: Sequence[dict]) -> list[dict]:
+def _rows_of_last_machines(rows: Sequence[dict]) -> list[dict]:
     last = {row["device_type"]: machine(row) for row in rows}
     return [row for row in rows if machine(row) == last[row["device_type"]]]
 
 
 def table(rows: Sequence[dict], level: str) -> str:
-    """One level's rows as Markdown, each device under its own line."""
+    """One level's rows as Markdown: a heading line and a table for each device."""
     chosen = [row for row in rows if row["level"] == level]
     parts = []
     for device in dict.fromkeys(row["device"] for row in chosen):
@@ -106,7 +106,7 @@ def _cells(row: dict) -> list[str]:
 
 
 def _others(contenders: dict) -> str:
-    """How many times faster than eager the other contenders are."""
+    """The speedups of the other contenders over eager."""
     names = contenders.keys() - {"eager", "ours", "into", "copy"}
     return ", ".join(f"{name} {contenders[name]['speedup']:.2f}x" for name in sorted(names))
 
@@ -164,5 +164,5 @@ def _relative(contenders: dict, name: str) -> float:
 
 
 def _has_work(row: dict) -> bool:
-    # With a single row the time is that of the call, not of the kernel.
+    # With a single row the overhead of the call is measured, not the kernel.
     return not row["size"].startswith("1 x")

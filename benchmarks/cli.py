@@ -42,7 +42,7 @@ def measure(
 
 @app.command()
 def plot(
-    files: Annotated[list[Path], typer.Argument(help="What `measure --rows` wrote.")],
+    files: Annotated[list[Path], typer.Argument(help="The output of `measure --rows`.")],
     folder: Annotated[Path, typer.Option(help="Where the charts go.")] = Path("."),
     page: Annotated[list[Path] | None, typer.Option(help="A Markdown page with marked tables; may repeat.")] = None,
 ) -> None:

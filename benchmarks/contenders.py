@@ -1,4 +1,4 @@
-"""What the levels share: dtypes, contenders by torch.compile, and the error for a wrong result."""
+"""Shared by the levels: dtypes, compiled contenders, and the error for a wrong result."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class WrongResult(Exception):
-    """A contender computes something else than eager PyTorch, so that its time has no meaning."""
+    """A contender's result differs from eager PyTorch's, so that its time has no meaning."""
 
 
 Contender = TypeVar("Contender", bound=Callable)
 
 
 def compiled(contender: Contender) -> Contender:
-    """The contender by torch.compile, a module in place, so that its forward keeps its signature.
+    """The contender compiled by torch.compile; a module is compiled in place, so that its forward keeps its signature.
 
-    Earlier compilations are dropped: after eight of one function it would run eager.
+    Earlier compilations are dropped: after eight of one function, torch.compile runs it eagerly.
     """
     torch.compiler.reset()
     if not isinstance(contender, nn.Module):
@@ -31,7 +31,7 @@ def compiled(contender: Contender) -> Contender:
 
 
 def why_not_compiled(device: torch.device) -> str | None:
-    """The first line of torch.compile's error, for instance where there is no C++ compiler."""
+    """The first line of torch.compile's error, for instance where there is no C++ compiler; None if it works."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as error:

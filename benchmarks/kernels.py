@@ -1,4 +1,4 @@
-"""Level "kernel": the product by itself, against eager PyTorch, torch.compile, GELU, and the bytes it moves."""
+"""Level "kernel": the product alone, against eager PyTorch, torch.compile, GELU, and the bytes it moves."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def measure(device: torch.device, seconds: float, compile: bool) -> Iterator[Row
 
 
 def rivals(what: str, packed: Tensor) -> dict[str, Callable[[], object]]:
-    """GELU, for the self-gated product: each is the activation of an MLP without a gate."""
+    """GELU, as a rival of the self-gated product: both are activations of an MLP without a gate."""
     gelus: dict[str, Callable[[Tensor], Tensor]] = {
         "gelu erf": F.gelu,
         "gelu tanh": functools.partial(F.gelu, approximate="tanh"),
@@ -83,7 +83,7 @@ def _forward(packed: Tensor, *_: Tensor) -> tuple[Outputs, float, dict[str, Func
 
 
 def _eager_into(gate: Tensor, up: Tensor, out: Tensor) -> Outputs:
-    """Eager's operators into existing memory, which no model runs: compares kernel with kernel."""
+    """Eager's operators with existing outputs, which no model runs: a comparison of kernels alone."""
     torch.ops.aten.silu.out(gate, out=out)
     return (torch.mul(out, up, out=out),)
 
@@ -112,7 +112,7 @@ def _packed(packed: Tensor, *_: Tensor) -> tuple[Outputs, float, dict[str, Funct
 def _backward(packed: Tensor, other: Tensor, *_: Tensor) -> tuple[Outputs, float, dict[str, Function]]:
     gate, up = (half.contiguous() for half in packed.chunk(2, dim=-1))
     grad = other[:, : gate.shape[1]].contiguous()
-    # Eager's forward has kept it, so its computation is not part of eager's backward.
+    # Eager's forward has saved it, so its computation is not part of eager's backward.
     kept = F.silu(gate)
     existing = torch.empty_like(gate), torch.empty_like(gate)
 

@@ -1,4 +1,4 @@
-"""Level "long": peak memory and time of a training step against sequence length, with each way to save memory."""
+"""Level "long": peak memory and time of a training step against sequence length, with each memory setting."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFIG = {
     "vocab_size": 256,
     "max_position_embeddings": LENGTHS[-1],
 }
-# Attention takes 20 s for a step of the longest sequence on two cores: longer steps have one round.
+# A step of the longest sequence takes 20 s on two cores because of attention: steps longer than this have one round.
 _SLOW_SECONDS = 2
 
 

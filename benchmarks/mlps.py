@@ -1,4 +1,4 @@
-"""Level "mlp": a LLaMA MLP, eager and fused, same weights: time and peak memory, with and without gradients."""
+"""Level "mlp": a LLaMA MLP, eager and fused with the same weights: time and memory, with and without gradients."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def measure(device: torch.device, seconds: float, compile: bool) -> Iterator[Row
 
 
 def contenders(eager: nn.Module, compile: bool) -> dict[str, nn.Module]:
-    """The module itself, and others with the same parameters."""
+    """The module itself, and contenders with the same parameters."""
     ours = copy_sharing_parameters(eager)
     patch_model(ours)
     modules = {"eager": eager, "ours": ours}
@@ -112,18 +112,18 @@ def _training(module: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def _check(modules: dict[str, nn.Module], x: Tensor) -> None:
-    """Raises if our results are wrong; removes other contenders whose results are."""
+    """Raise if the fused module's results are wrong; remove other contenders with wrong results."""
     exact_module = copy.deepcopy(modules["eager"]).double()
     run = functools.partial(_outputs, grad=torch.randn_like(x))
     eager, exact = run(modules["eager"], x), run(exact_module, x.double())
     for label in list(modules):
         reasons = [why_not_close(*results) for results in zip(run(modules[label], x), eager, exact, strict=True)]
-        said = next((f"{label}: {reason}" for reason in reasons if reason is not None), None)
-        if said is not None and label == "ours":
-            raise WrongResult(said)
-        if said is not None:
+        fault = next((f"{label}: {reason}" for reason in reasons if reason is not None), None)
+        if fault is not None and label == "ours":
+            raise WrongResult(fault)
+        if fault is not None:
             del modules[label]
-            warnings.warn(f"not timed, because its results are wrong: {said}", stacklevel=2)
+            warnings.warn(f"not timed, because its results are wrong: {fault}", stacklevel=2)
 
 
 def _outputs(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The format of the rows: one JSON object on a line, with device, versions and commit."""
+"""The format of the rows: one JSON object per line, with device, versions and commit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Row:
 
     case: Case
     times: dict[str, Times]
-    # The bytes that must move, in copies of one tensor; 0 where arithmetic decides.
+    # The bytes to move, in units of a copy of one tensor; 0 where arithmetic limits the time.
     copies: float = 0.0
     peak_bytes: dict[str, int] | None = None
 
@@ -49,7 +49,7 @@ class Row:
                 "speedup": round(Ratio.of(eager, times).median, 3),
             }
             if self.copies and name != "copy":
-                # 1 means that it takes no longer than moving its bytes does.
+                # 1 means that it takes no longer than moving its bytes.
                 floor = self.copies * self.times["copy"].median
                 contenders[name]["share_of_copy_bandwidth"] = round(floor / times.median, 3)
             if self.peak_bytes and name in self.peak_bytes:
@@ -57,8 +57,8 @@ class Row:
         return {**asdict(self.case), "contenders": contenders}
 
 
-def surroundings(device: torch.device, command: str) -> dict[str, object]:
-    """Where and how a row was measured."""
+def measurement_environment(device: torch.device, command: str) -> dict[str, object]:
+    """The device, versions, commit and command of a measurement."""
     kernel = doctor.serving_backend(device.type, torch.float32, available_backends())
     return {
         "device_type": device.type,
@@ -78,7 +78,7 @@ def read(files: Iterable[Path]) -> list[dict]:
     """The rows of several files, the last of each case on each machine.
 
     Raises:
-        ValueError: a line that is no row, named by file and number.
+        ValueError: a line is not a row; the message contains file and line number.
     """
     latest: dict[tuple, dict] = {}
     for file in files:
@@ -88,15 +88,15 @@ def read(files: Iterable[Path]) -> list[dict]:
                 key = (*machine(row), *(row[name] for name in ("level", "what", "dtype", "size")))
                 row["contenders"]["eager"]["us"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {number} is no row of the benchmarks: {error!r}") from error
-            # Removed first, so that the order is that of the last measurements.
+                raise ValueError(f"{file}, line {number} is not a row of the benchmarks: {error!r}") from error
+            # Removed first, so that rows are in the order of their last measurement.
             latest.pop(key, None)
             latest[key] = row
     return list(latest.values())
 
 
 def machine(row: dict) -> tuple[str, str]:
-    """Device and kernel, which compared rows must share; one processor name may stand for several generations."""
+    """Device and kernel, which compared rows must share; one processor name may cover several generations."""
     return row["device"], row["kernel"]
 
 
@@ -105,10 +105,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    if "model name" not in said:
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in fields:
         return platform.machine()
-    return f"{said['model name']} (family {said.get('cpu family')}, model {said.get('model')})"
+    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
 def _commit() -> str:

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import kernels, long_sequences, mlps, whole_models
 from benchmarks.contenders import why_not_compiled
-from benchmarks.rows import surroundings
+from benchmarks.rows import measurement_environment
 from hf_swiglu.commands import doctor
 
 LEVELS = {"kernel": kernels.measure, "mlp": mlps.measure, "model": whole_models.measure, "long": long_sequences.measure}
@@ -26,15 +26,15 @@ def run_benchmarks(
     command: str = "benchmarks.suite.run_benchmarks()",
     show: Callable[[object], None] = print,
 ) -> list[dict]:
-    """Measure eager PyTorch, ours and others, on one device.
+    """Measure eager PyTorch, hf_swiglu and other contenders on one device.
 
     Args:
         levels: "kernel", "mlp", "model" and "long", or some of them.
         device: a torch device; a GPU if there is one, by default.
         seconds: how long to measure each contender of each case.
         compiled: measure torch.compile too, where it works; it takes long to start.
-        file: append the rows to it, one JSON object on a line.
-        command: kept in the rows.
+        file: the rows are appended to it, one JSON object per line.
+        command: recorded in the rows.
         show: receives a line for each case.
 
     Returns:
@@ -42,7 +42,7 @@ def run_benchmarks(
 
     Raises:
         ValueError: no such level.
-        WrongResult: a contender is farther from float64 than the tolerance allows.
+        WrongResult: a contender's error against float64 exceeds the tolerance.
 
     Example:
         >>> from benchmarks.suite import run_benchmarks
@@ -52,7 +52,7 @@ def run_benchmarks(
     if unknown:
         raise ValueError(f"run_benchmarks: no level {', '.join(sorted(unknown))}; the levels are {', '.join(LEVELS)}")
     chosen = doctor.default_device() if device is None else torch.device(device)
-    around = surroundings(chosen, command)
+    environment = measurement_environment(chosen, command)
     show(doctor.environment(chosen))
     reason = why_not_compiled(chosen) if compiled else None
     if reason is not None:
@@ -60,7 +60,7 @@ def run_benchmarks(
     rows = []
     for level in levels:
         for measured in LEVELS[level](chosen, seconds, compiled and reason is None):
-            row = {**measured.to_json(), **around}
+            row = {**measured.to_json(), **environment}
             show(line(row))
             rows.append(row)
             if file is not None:
@@ -71,7 +71,7 @@ def run_benchmarks(
 
 
 def line(row: dict) -> str:
-    """One row as text: the time and the peak memory of each contender, and how many times faster than eager it is."""
+    """One row as text: the time, the speedup over eager and the peak memory of each contender."""
     cells = [f"{row['what']}, {row['dtype']}, {row['size']}:"]
     for name, contender in row["contenders"].items():
         cell = f"{name} {contender['us']:,.1f} us"

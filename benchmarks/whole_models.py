@@ -59,7 +59,7 @@ def _functions(
     for label, model in contenders.items():
         for phase, function in phases(model, tokens, batch=batch, optimizer=_adamw(model)).items():
             functions[phase][label] = function
-    # It would be compiled anew for each length of the cache.
+    # torch.compile would compile it again for each length of the cache.
     functions["decode"].pop("compile", None)
     return functions
 
@@ -74,7 +74,7 @@ def _label(phase: str, batch: tuple[int, int]) -> str:
 
 
 def _adamw(model: PreTrainedModel) -> torch.optim.Optimizer:
-    # A learning rate of zero does all the work and leaves the weights equal in every round.
+    # With a learning rate of zero the optimizer does all its work, and weights stay equal in every round.
     return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
 
@@ -90,6 +90,6 @@ def _check(contenders: dict[str, PreTrainedModel], tokens: Tensor) -> None:
     with torch.no_grad():
         eager, ours = (model(input_ids=tokens, use_cache=False).logits for model in contenders.values())
     difference = ((ours - eager).norm() / eager.norm()).item()
-    # float32 rounding makes 1e-6 of it; the wrong activation, 1e-1 and more.
+    # float32 rounding differs by 1e-6; a wrong activation by 1e-1 and more.
     if not difference <= 1e-5:
         raise WrongResult(f"ours: logits differ from eager's by {difference:.1e}")

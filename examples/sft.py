@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with a fused model: `patch_model` before it, and nothing else changes. Needs `pip install trl`.
+"""TRL's SFTTrainer with a fused model: the only change is a call of `patch_model`. Needs `pip install trl`.
 
 python examples/sft.py                         # SmolLM2-135M-Instruct on a few questions and answers
 python examples/sft.py --lora 8                # LoRA adapters only; SFTTrainer adds them

@@ -1,4 +1,4 @@
-"""transformers.Trainer with a fused model: `patch_model` before it, and nothing else changes.
+"""transformers.Trainer with a fused model: the only change is a call of `patch_model`.
 
 python examples/trainer.py                     # SmolLM2-135M on Shakespeare, all weights
 python examples/trainer.py --lora 8            # LoRA adapters only

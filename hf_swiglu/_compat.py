@@ -1,7 +1,7 @@
-"""Private names of PyTorch, transformers and accelerate, and what the package does without each of them.
+"""Private names of PyTorch, transformers and accelerate, and what is disabled where one is missing.
 
-A release that renames one costs a fast path or a feature, never the import: `missing` says which, and `hf-swiglu
-doctor` prints it. No other file of the package reads a private name of another library.
+Where a release renames one, a fast path or a feature is disabled, and the import still succeeds: `missing` lists them,
+and `hf-swiglu doctor` prints the list. No other file of the package reads a private name of another library.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-# Every name that was looked up, with what is off where it is missing.
+# Every name that was looked up, with what is disabled where it is missing.
 NAMES: dict[str, str] = {}
 missing: dict[str, str] = {}
 
-_KERNELS = "every kernel: transforms of functions cannot be told from ordinary calls"
-_DIRECT = "launches past PyTorch's dispatcher: dispatch modes and profilers cannot be told from none"
+_KERNELS = "every kernel: function transforms cannot be detected"
+_DIRECT = "launches without PyTorch's dispatcher: dispatch modes and profilers cannot be detected"
 _OVERWRITE = "writing a product over its gate: sole ownership of memory cannot be proved"
 _KEEP = "keep=0, keep=1 and tiles in training: two buffers are kept"
 _RECOMPUTE = "computing the product again in backward: three buffers are kept, not two"
@@ -40,10 +40,10 @@ def _private(module: str, path: str, without: str) -> Any:
     return found
 
 
-# What may stand between a call and its kernel: see `interception`.
+# Interception of a call before its kernel: see `interception`.
 _interpreters: Callable[[], object] | None = _private("torch", "_C._functorch.peek_interpreter_stack", _KERNELS)
 _dual_level: int | None = _private("torch.autograd", "forward_ad._current_level", _KERNELS)
-_is_tracing: Callable[[], bool] | None = _private("torch", "_C._is_tracing", "nothing: torch.jit.is_tracing is asked")
+_is_tracing: Callable[[], bool] | None = _private("torch", "_C._is_tracing", "nothing: torch.jit.is_tracing is called")
 _is_batched: Callable[[Tensor], bool] | None = _private(
     "torch", "_C._functorch.is_legacy_batchedtensor", "the backward kernel: PyTorch differentiates the plain formula"
 )
@@ -58,7 +58,7 @@ _function_mode_at: Callable[[int], object] | None = _private(
 )
 _device_context: type | None = _private("torch.utils._device", "DeviceContext", f"under a default device, {_OVERWRITE}")
 
-# Who owns a tensor's memory: see `patching.rewriting.ownership`.
+# Reference counts of a tensor's memory: see `patching.rewriting.ownership`.
 _storage_use_count: Callable[[int], int] | None = _private("torch", "_C._storage_Use_Count", _OVERWRITE)
 _tensor_use_count: Callable[[Tensor], int] | None = _private("torch", "Tensor._use_count", _OVERWRITE)
 increment_version: Callable[[Tensor], None] | None = _private("torch.autograd.graph", "increment_version", _OVERWRITE)
@@ -83,7 +83,7 @@ _is_wrapper: Callable[[Tensor], bool] | None = _private(
     "torch.utils._python_dispatch", "is_traceable_wrapper_subclass", f"under tensor parallelism, {_RECOMPUTE}"
 )
 _global_hooks: Callable[[], bool] | None = _private(
-    "torch.nn.modules.module", "_has_any_global_hook", "fused products: hooks of all modules cannot be told from none"
+    "torch.nn.modules.module", "_has_any_global_hook", "fused products: hooks of all modules cannot be detected"
 )
 
 _global_tables: list[dict | None] = [
@@ -95,27 +95,27 @@ _global_tables: list[dict | None] = [
     for kind in ("forward", "forward_pre", "backward", "backward_pre")
 ]
 
-# By which C reads tensors itself; `backends.cpu` reads their addresses in Python without it.
+# With it the C extension reads tensors directly; without it `backends.cpu` reads their addresses in Python.
 exchange_api: object | None = _private(
     "torch", "Tensor.__dlpack_c_exchange_api__", "kernels that read contiguous tensors in C: 2 us more for each call"
 )
 
-# A call of a module as PyTorch defines it, before any tool has replaced it: its hooks and its forward run, no more.
+# PyTorch's own call of a module, read before another library can replace it: it runs the hooks and the forward only.
 module_call: Callable[..., Any] = nn.Module.__call__
 
 # The dictionaries of a module's hooks.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _state = vars(nn.Module())
 for _hook in HOOKS:
-    NAMES[f"torch.nn.Module().{_hook}"] = "fused products: hooks of activations cannot be told from none"
+    NAMES[f"torch.nn.Module().{_hook}"] = "fused products: hooks of activations cannot be detected"
     if _hook not in _state:
         missing[f"torch.nn.Module().{_hook}"] = NAMES[f"torch.nn.Module().{_hook}"]
 knows_hooks = all(hook in _state for hook in HOOKS)
 
-# Where accelerate's hooks keep a module's own forward, and themselves.
+# The attributes in which accelerate stores a module's own forward, and its hook.
 ACCELERATE_FORWARD, ACCELERATE_HOOK = "_old_forward", "_hf_hook"
 
-# Without these three names nothing is written over.
+# Without these three names no tensor is written over.
 can_prove_ownership = None not in (_storage_use_count, _tensor_use_count, increment_version)
 
 
@@ -127,7 +127,7 @@ def _unknown_count() -> int:
     return 1
 
 
-# Each of these answers "yes" where it cannot tell.
+# Each of these returns True where the private name is missing.
 def _is_transform_active() -> bool:
     """Whether vmap, grad or jvp wrap tensors here, or attach tangents."""
     return _interpreters() is not None or forward_ad._current_level >= 0  # type: ignore[misc]
@@ -147,31 +147,31 @@ def is_legacy_batched(tensor: Tensor) -> bool:
 
 
 def is_wrapper_subclass(tensor: Tensor) -> bool:
-    """Whether the tensor is a subclass, such as DTensor, that says which tensors it consists of."""
+    """Whether the tensor is a subclass, such as DTensor, that names the tensors it consists of."""
     return _is_wrapper is not None and _is_wrapper(tensor)
 
 
 def use_counts(tensor: Tensor) -> tuple[int, int]:
-    """(users of the tensor's storage, users of the tensor itself outside Python among them)"""
+    """(references to the tensor's storage, references to the tensor, those from C++ included)"""
     assert _storage_use_count is not None and _tensor_use_count is not None
     storage = tensor.untyped_storage()
-    # A storage object that Python code holds is returned again, and has more references.
+    # `untyped_storage` returns the storage object that Python code already holds, which then has more references.
     return _storage_use_count(storage._cdata) + sys.getrefcount(storage), _tensor_use_count(tensor)
 
 
-# Dispatch modes of this package that change nothing of what they see.
+# Dispatch modes of this package that neither keep nor change the tensors that they observe.
 passive_modes: set[type] = set()
 
 
 def _is_passive(mode: object) -> bool:
-    # PyTorch's counter of floating-point operations is one too.
+    # PyTorch's counter of floating-point operations is passive as well.
     return type(mode) in passive_modes or type(mode).__module__ == "torch.utils.flop_counter"
 
 
 def is_any_mode_active() -> bool:
-    """Whether a dispatch or function mode sees the operators that run here, and might keep or change their tensors.
+    """Whether a dispatch or function mode is active that might keep or change the operators' tensors.
 
-    The mode that chooses a default device does neither.
+    The mode that sets a default device does neither.
     """
     if _dispatch_modes is None or _function_modes is None:
         return True
@@ -186,7 +186,7 @@ def is_any_mode_active() -> bool:
 
 
 def global_hooks() -> list[Callable]:
-    """The hooks that are registered for every module, as far as PyTorch says which."""
+    """The hooks that are registered for every module; an untrusted stand-in where PyTorch does not list them."""
     if None in _global_tables:
         return [_unknown]
     return [hook for table in _global_tables if table is not None for hook in table.values()]
@@ -204,29 +204,29 @@ def saved_tensors_default_hooks() -> tuple[Callable, Callable] | None:
 
 
 # Without these two names, keep=0 and keep=1 keep what keep=2 does.
-can_step_outside_hooks = None not in (_pop_hooks, _push_hooks)
+can_suspend_hooks = None not in (_pop_hooks, _push_hooks)
 
 
 def pop_saved_tensors_hooks() -> None:
-    """Take the innermost `saved_tensors_hooks` off."""
+    """Remove the innermost `saved_tensors_hooks`."""
     assert _pop_hooks is not None
     _pop_hooks()
 
 
 def push_saved_tensors_hooks(pack: Callable, unpack: Callable) -> None:
-    """Put them on again."""
+    """Make these the innermost `saved_tensors_hooks` again."""
     assert _push_hooks is not None
     _push_hooks(pack, unpack)
 
 
 def graph_task() -> int:
-    """Which backward pass is running in this thread."""
+    """The id of the backward pass that is running in this thread."""
     assert _graph_task is not None
     return _graph_task()
 
 
 def node_classes(functions: Sequence[type[torch.autograd.Function]]) -> tuple[type, ...]:
-    """The classes of these functions' nodes in the graph; none where they cannot be told."""
+    """The classes of these functions' nodes in the graph; none where PyTorch does not expose them."""
     return () if _node_class is None else tuple(function._backward_cls for function in functions)  # type: ignore[attr-defined]
 
 

@@ -4,7 +4,7 @@ Both write into memory that the caller allocates, so one operator serves new out
 the two halves of a packed gradient. Without `up` they compute the activation alone, which is how the self-gated SwiGLU
 runs. `power` and `limits` are `reference.GLUParams.scalars()`.
 
-Neither operator differentiates: see `autograd`.
+Neither operator is differentiable: see `autograd`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def _run_bwd(
     limits: list[float] | None = None,
 ) -> None:
     if (up is None) is not (grad_up is None):
-        raise ValueError("hf_swiglu::swiglu_bwd: up and grad_up belong together; give both of them or neither")
+        raise ValueError(
+            "hf_swiglu::swiglu_bwd: got only one of up and grad_up; expected both or none; give both of them or neither"
+        )
     _check("swiglu_bwd", power, grad_out, gate, up, grad_gate, grad_up)
     backends.kernels(gate).swiglu_bwd(grad_out, gate, up, grad_gate, grad_up, GLUParams.of_scalars(power, limits))
 
@@ -96,6 +98,6 @@ for _key in ("CPU", "CUDA", "XPU"):
     library.impl("swiglu_fwd", _run_fwd, _key)
     library.impl("swiglu_bwd", _run_bwd, _key)
 
-# Nothing to record: without this, autograd's boxed fallback costs 5 us a call (torch 2.13, EPYC 7003).
+# The operators record no graph: without this, autograd's boxed fallback costs 5 us a call (torch 2.13, EPYC 7003).
 for _name in ("swiglu_fwd", "swiglu_bwd"):
     library.impl(_name, torch.library.fallthrough_kernel, "Autograd")

@@ -9,7 +9,7 @@ from hf_swiglu.functional import swiglu
 
 NAME = "swiglu"
 
-# What stood under the name in each table before `register(overwrite=True)` took it.
+# The entry that `register(overwrite=True)` replaced, by table.
 _replaced: dict[int, object] = {}
 
 
@@ -19,8 +19,8 @@ class SwiGLU(nn.Module):
         SwiGLU(x) = x * swish(x) = x * (x * sigmoid(x))
 
     Smooth; zero at zero, a small positive bump for small negative inputs (at most 0.4828 at x = -2.218), and close to
-    x^2 for large positive ones. Shape and dtype are kept, so it stands wherever GELU or SiLU does. Gated SwiGLU of two
-    tensors, after Shazeer (2020, https://arxiv.org/abs/2002.05202), is `hf_swiglu.swiglu(gate, up)`.
+    x^2 for large positive ones. Shape and dtype are kept, so it can replace GELU or SiLU in any module. Gated SwiGLU of
+    two tensors, after Shazeer (2020, https://arxiv.org/abs/2002.05202), is `hf_swiglu.swiglu(gate, up)`.
 
     Raises:
         TypeError: the input is not a tensor, or not of a real floating-point dtype.
@@ -37,7 +37,7 @@ class SwiGLU(nn.Module):
 
 
 def register(*, overwrite: bool = False) -> None:
-    """Put `SwiGLU` under `"swiglu"` in transformers' `ACT2FN` and `ACT2CLS`; a second call changes nothing.
+    """Register `SwiGLU` as `"swiglu"` in transformers' `ACT2FN` and `ACT2CLS`; a second call changes nothing.
 
     `import hf_swiglu` calls it. Afterwards `hidden_act="swiglu"` works in any config.
 

@@ -1,4 +1,4 @@
-"""The product as a node of autograd's graph: what it saves for backward, and how it is computed again."""
+"""The product as a node of autograd's graph: the tensors it saves for backward, and its recomputation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_swiglu import _compat, reference
 from hf_swiglu._ops import launch_bwd, launch_fwd
 from hf_swiglu.interception import is_transformed
 from hf_swiglu.reference import LAYOUTS, GLUParams
-from hf_swiglu.saved import places
+from hf_swiglu.saved import gradient_outputs
 
 
 def new_product(gate: Tensor, up: Tensor | None, params: GLUParams) -> Tensor:
@@ -57,11 +57,11 @@ def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
     if _needs_plain_gradients(grad, saved) or not all(_is_plain(tensor, grad) for tensor in saved):
         return _plain_gradients(ctx, saved, grad)
     if ctx.layout is not None:
-        (grad_gate_up,) = places(saved)
+        (grad_gate_up,) = gradient_outputs(saved)
         operands = *_gate_and_up(ctx, *saved), *_gate_and_up(ctx, grad_gate_up)
         launch_bwd(grad, *operands, ctx.params)  # type: ignore[arg-type, call-arg]
         return [grad_gate_up]
-    gradients: list = places(saved if saved[1] is not None else saved[:1])
+    gradients: list = gradient_outputs(saved if saved[1] is not None else saved[:1])
     grad_gate, grad_up = (*gradients, None)[:2]
     gate, up = saved
     launch_bwd(grad, gate, up, grad_gate, grad_up, ctx.params)
@@ -96,7 +96,7 @@ def _needs_plain_gradients(grad: Tensor, saved: tuple) -> bool:
 
 
 def _is_plain(tensor: Tensor | None, grad: Tensor) -> bool:
-    """Whether a kernel may read a saved tensor: a hook may have returned a subclass, or moved it to another device."""
+    """Whether a kernel may read a saved tensor: a hook may return a subclass, or a tensor on another device."""
     return tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == grad.device)
 
 
@@ -140,7 +140,7 @@ def _product_of(params: GLUParams, layout: str | None, saved: list[Tensor], vers
     if [tensor._version for tensor in saved] != versions:
         raise RuntimeError(
             "hf_swiglu: gate or up, which backward needs, has been modified by an inplace operation after the product "
-            "was computed. Clone it first, or patch with keep=3 and find it by PyTorch's own error"
+            "was computed. Clone it before that operation, or patch with keep=3: PyTorch's own error then names it"
         )
     gate, up = saved if layout is None else LAYOUTS[layout](saved[0])
     return new_product(gate, up, params)
@@ -171,7 +171,7 @@ def _unpack_last(node) -> tuple[Tensor, ...]:
 
 
 def _as_saved(node) -> tuple:
-    """The saved tensors, in the dtype in which they were saved: a hook may have kept them in a narrower one."""
+    """The saved tensors, in the dtype in which they were saved: a hook may have converted them to a narrower one."""
     dtype, shape = node.saved_like
     result = []
     for tensor in node.saved_tensors:

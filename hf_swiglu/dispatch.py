@@ -5,8 +5,8 @@
     kernel            everything else that needs no gradient
     autograd          everything else that needs the gradient of all its inputs
 
-Small calls are sensitive: one question about a tensor takes a fiftieth of the time that eager PyTorch takes for a row.
-So contiguous tensors on the CPU, which most calls have, come first and go to the C kernel as they are.
+Overhead matters for small calls: one test of a tensor takes a fiftieth of the time that eager PyTorch takes for a row.
+Contiguous CPU tensors, the most frequent case, are therefore tested first and passed to the C kernel directly.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from hf_swiglu.interception import is_captured, is_intercepted, is_tracing, is_t
 from hf_swiglu.reference import LAYOUTS, SILU, GLUParams
 
 # Up to this many elements plain PyTorch is faster, or no slower: with a backward, where an autograd.Function adds up to
-# 10 us to eager's 33; and without one where the kernel cannot be handed contiguous tensors. Eager's time over ours,
-# float32 and bfloat16, 2 threads: with a backward 0.95 to 1.03 and 1.03 to 1.20 at 12,288 elements, 1.02 to 1.08 and
+# 10 us to eager's 33; and without one where the tensors are not contiguous. Eager's time over the kernel's, float32 and
+# bfloat16, 2 threads: with a backward 0.95 to 1.03 and 1.03 to 1.20 at 12,288 elements, 1.02 to 1.08 and
 # 1.13 to 1.30 at 16,384 (EPYC 9004, packed and separate); without one 0.94 and 1.28 at 8,192, 1.16 and 1.56 at 12,288
 # (EPYC 7003).
 SMALLEST_KERNEL = {"cpu": 10_000, "cuda": 0, "xpu": 0, "meta": 0}
 SMALLEST_DIFFERENTIATED = {"cpu": 12_288, "cuda": 0, "xpu": 0, "meta": 0}
 
-# Raises for arguments that a public function does not take, and returns them in one dtype.
+# Validates the arguments of a public function and returns them in one dtype.
 Check = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 def swiglu(gate: Tensor, up: Tensor | None, params: GLUParams = SILU, check: Check | None = None) -> Tensor:
     """The product of any member of the family; without `up`, the activation alone.
 
-    `check` runs where the C kernel has not taken the tensors, which it does only if they are alike. Without it, what no
-    kernel takes, broadcasting included, is left to plain PyTorch and its errors.
+    `check` runs where the C kernel has rejected the tensors; it accepts only tensors of one shape, dtype and device.
+    Without `check`, tensors that no kernel accepts, broadcasting included, are passed to plain PyTorch and its errors.
     """
     if type(gate) is Tensor and (up is None or type(up) is Tensor) and not is_dynamo_compiling():
         if is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
@@ -57,7 +57,7 @@ def swiglu(gate: Tensor, up: Tensor | None, params: GLUParams = SILU, check: Che
         return autograd.new_product(gate, up, params)
     if gate.requires_grad and (up is None or up.requires_grad):
         return autograd.SwiGLUFunction.apply(gate, up, params)
-    # With one of the two frozen, eager autograd already keeps just what the other's gradient needs.
+    # With one of the two frozen, eager autograd saves only what the other's gradient needs.
     return reference.swiglu_fwd(gate, up, params)
 
 
@@ -90,13 +90,13 @@ def swiglu_inplace(gate: Tensor, up: Tensor, params: GLUParams = SILU) -> Tensor
 
 
 def _contiguous(gate: Tensor, up: Tensor | None, params: GLUParams, out: Tensor | None) -> Tensor | None:
-    """The product by the C kernel, in `out` or in new memory; None where it does not take the tensors."""
+    """The product by the C kernel, in `out` or in new memory; None where the kernel rejects the tensors."""
     kernel = _c_kernel("swiglu_fwd")
     if kernel is None or not _is_plain(gate) or (up is not None and up.is_neg()):
         return None
     if out is None:
         out = torch.empty_like(gate)
-    # It compares up with gate itself.
+    # The kernel itself compares up with gate.
     return out if kernel(get_num_threads(), *params.scalars(), gate, up, out) else None
 
 
@@ -113,7 +113,7 @@ def _contiguous_differentiated(gate: Tensor, up: Tensor | None, params: GLUParam
 
 
 def _contiguous_packed(gate_up: Tensor, params: GLUParams) -> Tensor | None:
-    """`_contiguous` of a packed tensor, which is not cut: `chunk` takes two fifths of eager's time for one row."""
+    """`_contiguous` of a packed tensor, without `chunk`, which takes two fifths of eager's time for one row."""
     kernel = _c_kernel("swiglu_packed_fwd")
     if kernel is None or not _is_plain(gate_up) or gate_up.dim() == 0:
         return None
@@ -123,7 +123,7 @@ def _contiguous_packed(gate_up: Tensor, params: GLUParams) -> Tensor | None:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether the memory of a CPU tensor is all there is to it, and nothing stands between a call and its kernel."""
+    """Whether a kernel may read the memory of this tensor directly: a contiguous CPU tensor, and no interception."""
     return (
         tensor.is_cpu
         and tensor.is_contiguous()
@@ -135,7 +135,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 @functools.cache
 def _c_kernel(name: str) -> Callable[..., bool] | None:
-    """The C kernel that takes contiguous tensors as they are, and says whether it took them; None without one."""
+    """The C kernel that reads contiguous tensors and returns whether it accepted them; None without one."""
     return None if backends.unavailable("cpu") else backends.cpu_kernels().tensor_kernel(name)
 
 
@@ -152,7 +152,8 @@ def _has_kernel(tensor: Tensor, elements: int, differentiated: bool) -> bool:
 
 
 def _are_alike(gate: Tensor, up: Tensor | None) -> bool:
-    """Whether a kernel may read these, and write one over the other: ordinary tensors, alike and not transformed."""
+    """Whether a kernel may read these and write one over the other: ordinary, untransformed tensors of one shape, dtype
+    and device."""
     if is_transformed() or not _is_ordinary(gate):
         return False
     return up is None or (

@@ -1,4 +1,4 @@
-"""The public functions of tensors: what they take, and their errors. `dispatch` computes them."""
+"""The public functions of tensors: validation of arguments, and errors. `dispatch` computes the results."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def swiglu_packed(gate_up: Tensor) -> Tensor:
 
 
 def _checked(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The arguments of `swiglu` in one dtype.
+    """Validates the arguments of `swiglu` and returns them in one dtype.
 
     Raises:
         TypeError, ValueError: as `swiglu`.

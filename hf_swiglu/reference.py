@@ -71,7 +71,7 @@ def swiglu_fwd(
 ) -> Tensor:
     """`a * (u + up_offset)` of the formula in `GLUParams`; `a` alone where there is no `up`.
 
-    `activation` is applied to the limited gate in place of the formula's own, where one is given.
+    `activation`, where given, is applied to the limited gate in place of the formula's own.
     """
     if params is SILU or params is SWIGLU:
         # Without limits: five comparisons take 0.3 us, where small products take 3.
@@ -92,7 +92,7 @@ def swiglu_fwd(
 
 
 def swiglu_fwd_inplace(gate: Tensor, up: Tensor, params: GLUParams = SILU) -> Tensor:
-    """`swiglu_fwd` of tensors that are alike, written over gate where nothing is limited: same numbers, no buffer."""
+    """`swiglu_fwd` of tensors of one shape and dtype, written over gate where no limit applies: no new buffer."""
     if params == SILU:
         return F.silu(gate, inplace=True).mul_(up)
     if params == SWIGLU:
@@ -109,7 +109,7 @@ def clamp_passes_at_limit() -> bool:
         x = torch.ones(1, requires_grad=True)
         passed.extend(torch.autograd.grad(x.clamp(max=1.0), x, torch.ones(1))[0].tolist())
 
-    # A thread of its own has no modes, transforms or autocast of the caller's.
+    # A new thread does not inherit the caller's modes, transforms or autocast.
     thread = threading.Thread(target=differentiate)
     thread.start()
     thread.join()
@@ -117,7 +117,7 @@ def clamp_passes_at_limit() -> bool:
 
 
 def written_swish(alpha: float) -> Callable[[Tensor], Tensor]:
-    """`gate * sigmoid(alpha * gate)` in the operators of a forward that spells it out."""
+    """`gate * sigmoid(alpha * gate)`, in the operators of a forward that writes it out."""
     return lambda gate: gate * torch.sigmoid(gate if alpha == 1.0 else gate * alpha)
 
 

@@ -1,9 +1,11 @@
-"""Gradients in the memory of the tensors that a node has saved, where nothing else needs them any more.
+"""Memory for the gradients that a node computes: that of its saved tensors, if nothing else references them.
 
-In a node's backward, (references to an unpacked tensor, users of its storage, users of the tensor in C++) are three
-known numbers while the graph alone holds it. A hook that kept the tensor, a view of it or `detach()` raises one of
-them; so does another node that has saved it. Hooks on saved tensors, those of checkpointing among them, lead to other
-numbers, and so to new memory.
+In a node's backward, three counts are known for an unpacked tensor that only the graph references:
+
+    (Python references to the tensor, references to its storage, C++ references to the tensor)
+
+A hook that kept the tensor, a view of it or `detach()` raises one of them, and so does another node that saved it. With
+saved-tensor hooks, those of checkpointing included, the counts differ, and new memory is allocated.
 """
 
 from __future__ import annotations
@@ -17,32 +19,32 @@ from torch import Tensor
 
 from hf_swiglu import _compat
 
-# To find out takes longer than to allocate less.
+# For fewer elements the test takes longer than an allocation.
 SMALLEST_WRITTEN_OVER = 4096
 
 
-def places(saved: tuple[Tensor, ...]) -> list[Tensor]:
-    """For the gradient of each of a node's unpacked tensors: its own memory where that is free, new memory elsewhere.
+def gradient_outputs(saved: tuple[Tensor, ...]) -> list[Tensor]:
+    """For each unpacked tensor of a node, the tensor for its gradient: over it if only the graph owns it, else new.
 
-    The version counter moves, so that a second backward raises PyTorch's error.
+    The version counter of an overwritten tensor is incremented, so that a second backward raises PyTorch's error.
     """
     if not _compat.can_prove_ownership or _compat.keeps_graph() or _compat.is_any_mode_active():
         return [torch.empty_like(tensor) for tensor in saved]
-    # All of them are asked about before the first is given away.
-    is_free = [_is_free(saved, at) for at in range(len(saved))]
-    return [_given_away(saved[at]) if is_free[at] else torch.empty_like(saved[at]) for at in range(len(saved))]
+    # All of them are tested before the first is reused.
+    is_owned = [_is_solely_owned(saved, at) for at in range(len(saved))]
+    return [_overwritable(saved[at]) if is_owned[at] else torch.empty_like(saved[at]) for at in range(len(saved))]
 
 
-def _is_free(saved: tuple[Tensor, ...], at: int) -> bool:
+def _is_solely_owned(saved: tuple[Tensor, ...], at: int) -> bool:
     return (
         saved[at].numel() > SMALLEST_WRITTEN_OVER
         and not saved[at].is_leaf
         and saved[at].is_contiguous()
-        and _counts(saved, at) == _counts_of_the_graphs_own()
+        and _counts(saved, at) == _sole_owner_counts()
     )
 
 
-def _given_away(tensor: Tensor) -> Tensor:
+def _overwritable(tensor: Tensor) -> Tensor:
     assert _compat.increment_version is not None
     _compat.increment_version(tensor)
     return tensor.detach()
@@ -53,9 +55,9 @@ def _counts(saved: tuple[Tensor, ...], at: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _counts_of_the_graphs_own() -> tuple[int, int, int]:
-    """The numbers of a tensor that a node has saved and nothing else holds, measured once."""
-    seen: list[tuple[int, int, int]] = []
+def _sole_owner_counts() -> tuple[int, int, int]:
+    """The counts of a tensor that a node has saved and nothing else references, measured once."""
+    measured: list[tuple[int, int, int]] = []
 
     class Probe(torch.autograd.Function):
         @staticmethod
@@ -66,14 +68,14 @@ def _counts_of_the_graphs_own() -> tuple[int, int, int]:
         @staticmethod
         def backward(ctx, grad):
             saved = tuple([tensor for tensor in ctx.saved_tensors])  # noqa: C416
-            seen.append(_counts(saved, 0))
+            measured.append(_counts(saved, 0))
             return grad
 
     def measure() -> None:
         Probe.apply(torch.zeros(1, requires_grad=True) * 1).sum().backward()
 
-    # A thread of its own has no hooks, modes or autocast of the caller's, and is in no backward.
+    # A new thread does not inherit the caller's hooks, modes, autocast or running backward.
     thread = threading.Thread(target=measure)
     thread.start()
     thread.join()
-    return seen[0]
+    return measured[0]

@@ -1,4 +1,4 @@
-"""What tests of fused MLPs need: the tolerance, a counter of kernel calls, and kernels at every size.
+"""Helpers for tests of fused MLPs: the tolerance, a counter of kernel launches, and kernels at every size.
 
     error(result) <= 1.5 * error(eager) + 1e-6
 
@@ -27,8 +27,8 @@ RATIO, FLOOR = 1.5, 1e-6
 def why_not_close(result: Tensor, eager: Tensor, exact: Tensor) -> str | None:
     """Why `result` is not within the tolerance of the float64 `exact`, or None.
 
-    What `exact` makes NaN or infinite in the dtype of the result must be the same NaN or infinity there. Elements at
-    which eager overflows on the way are left out of its error.
+    Where `exact`, in the dtype of the result, is NaN or infinite, the result must be the same. Elements at which an
+    intermediate result of eager overflows are excluded from eager's error.
 
     Example:
         >>> import torch
@@ -59,9 +59,9 @@ def why_not_close(result: Tensor, eager: Tensor, exact: Tensor) -> str | None:
 
 
 def assert_close(result: Tensors, eager: Tensors, exact: Tensors) -> None:
-    """Raise an AssertionError that says why `result` is not within the tolerance, if it is not.
+    """Raise an AssertionError with the reason if `result` is not within the tolerance.
 
-    Each may be a tensor, or a mapping of names to tensors, of which the error names the first that is too far off.
+    Each argument is a tensor, or a mapping of names to tensors; the error names the first tensor out of tolerance.
     """
     results, eagers, exacts = map(_named, (result, eager, exact))
     if not results.keys() == eagers.keys() == exacts.keys():
@@ -80,8 +80,8 @@ def _named(tensors: Tensors) -> Mapping[str, Tensor]:
 class Launch:
     """One launch of a kernel.
 
-    `tensors` are those of the operator in its order. "swiglu_packed_fwd", which the C kernel alone has, takes gate and
-    up in one tensor.
+    `tensors` are the operator's tensor arguments in order. "swiglu_packed_fwd", which only the C backend has, takes
+    gate and up in one tensor.
     """
 
     kernel: Literal["swiglu_fwd", "swiglu_packed_fwd", "swiglu_bwd"]
@@ -90,11 +90,11 @@ class Launch:
 
 
 class Launches(list[Launch]):
-    """Launches in their order."""
+    """Launches in order."""
 
     @property
     def names(self) -> list[str]:
-        """The operator of each launch: "swiglu_fwd", of packed tensors too, or "swiglu_bwd"."""
+        """The operator of each launch: "swiglu_fwd", also for packed tensors, or "swiglu_bwd"."""
         return [launch.kernel.replace("_packed", "") for launch in self]
 
 
@@ -130,7 +130,7 @@ def counted_launches(device: str = "cpu") -> Iterator[Launches]:
         kernel = saved[2](name)
 
         def launch(threads, power, limits, *tensors):
-            # Tensors that it does not take go on to the functions above.
+            # Tensors that it rejects are passed to the functions above.
             taken = kernel(threads, power, limits, *tensors)
             if taken:
                 launches.append(Launch(name, tensors, GLUParams.of_scalars(power, limits)))

@@ -179,7 +179,7 @@ def test_an_unknown_level_is_a_usage_error(capsys):
     [
         (["plot", "{folder}/absent.jsonl"], "absent.jsonl"),
         (["plot", "{folder}/empty.jsonl"], "no rows"),
-        (["plot", "{folder}/prose.jsonl"], "line 1 is no row"),
+        (["plot", "{folder}/prose.jsonl"], "line 1 is not a row"),
     ],
 )
 def test_failures_are_one_line(capsys, tmp_path, arguments, says):

@@ -135,7 +135,7 @@ def test_fsdp2_and_its_checkpoints(arguments, one_process, tmp_path):
     shard = next((out / "checkpoint-000006").rglob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-100])
     printed = launch("fsdp2.yaml", arguments, out, "--resume")
-    assert "checkpoint-000006 was cut short" in printed and "going on from" in printed
+    assert "checkpoint-000006 is incomplete" in printed and "continuing from" in printed
     assert_same_curve(rows(out), one_process())
 
 

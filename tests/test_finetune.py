@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(arguments, tmp_path, ca
     before = len(log.read_text().splitlines())
     assert 12 < before < 60
     assert run(arguments, "--out", killed, "--resume") == 0
-    assert "going on from" in capsys.readouterr().out
+    assert "continuing from" in capsys.readouterr().out
     AcceleratorState._reset_state(reset_partial_state=True)
     assert run(arguments, "--out", unbroken) == 0
     assert [row["step"] for row in rows(killed)] == list(range(1, 61))
@@ -157,8 +157,8 @@ def test_a_checkpoint_that_was_cut_short_is_not_used(arguments, tmp_path, capsys
     AcceleratorState._reset_state(reset_partial_state=True)
     assert run(arguments, "--resume") == 0
     printed = capsys.readouterr().out
-    assert "checkpoint-000011 was cut short" in printed and "checkpoint-000010 was cut short" in printed
-    assert "going on from" in printed and "checkpoint-000005" in printed
+    assert "checkpoint-000011 is incomplete" in printed and "checkpoint-000010 is incomplete" in printed
+    assert "continuing from" in printed and "checkpoint-000005" in printed
     assert rows(out) == expected
 
 

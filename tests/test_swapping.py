@@ -280,7 +280,7 @@ def test_a_swap_that_fails_goes_back_one_step_and_undo_to_the_beginning(monkeypa
 
     unpatch = [module for module in model.modules() if isinstance(module, FusedModule)]
     with monkeypatch.context() as patch:
-        patch.setattr(classes, "is_fused_so", failing)
+        patch.setattr(classes, "is_fused_with", failing)
         with pytest.raises(KeyError, match="half-way"):
             patch_model(model, activation="swiglu")
     assert _state(model) == once and unpatch

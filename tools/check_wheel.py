@@ -1,14 +1,14 @@
-"""Installs a wheel or an sdist as a stranger would who has no compiler, and runs it there: `make wheel`.
+"""Installs a wheel or an sdist in an environment without a compiler, and runs it there: `make wheel`.
 
     python tools/check_wheel.py dist/*
-    python tools/check_wheel.py --here          # the package that is installed beside this Python must run its kernel
+    python tools/check_wheel.py --here          # the package installed for this Python must run its kernel
 
-Each file is installed into a new environment, with nothing on PATH but that environment. What the package depends on
-is borrowed from the environment of the Python that runs this: its site-packages come last on the new one's path, as a
-plain folder, so that an editable install of the package itself in there is not seen.
+Each file is installed into a new environment, with only that environment on PATH. Dependencies come from the
+environment of the Python that runs this: its site-packages come last on the new one's path, as a plain folder, so that
+an editable install of the package itself is not imported from there.
 
 A wheel must run the C kernel and give the plain formula's bits; its extension must load in every Python from 3.10 on
-that is installed here. An sdist must install all the same, say that plain PyTorch is used, and give the same bits.
+that is installed here. An sdist must install too, report that plain PyTorch is used, and give the same bits.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _load_everywhere(wheel: Path, folder: Path) -> None:
         (member,) = [each for each in archive.namelist() if "_cpu_kernels" in each]
         extension = archive.extract(member, folder)
     for python in filter(shutil.which, PYTHONS):
-        # A stand-in on PATH may have no interpreter behind it.
+        # A launcher on PATH may have no interpreter installed.
         if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
             subprocess.run([python, "-c", LOAD, extension], check=True)
 

@@ -1,8 +1,8 @@
-"""What `make docs` does beside MkDocs's own: pages from files outside docs/, and links to what is not a page.
+"""MkDocs hooks for `make docs`: pages from files outside docs/, and links to files that are not pages.
 
-README.md and its neighbours are read where they are, so that nothing is said twice. In every page, a relative link is
-taken as it works in the repository; where it leads to a page, it leads to the page of the site, and to a picture, to a
-copy of it; any other file or folder is shown on the project's own page. A link to nothing fails the build.
+README.md and the other pages of the repository's root are included without a copy. In every page, a relative link is
+resolved as in the repository. A link to a page becomes a link to the site's page, and one to a picture a link to a copy
+of it; a link to any other file or folder leads to the project's repository page. A broken link fails the build.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PAGES = {
 }
 PICTURES = {".png", ".svg", ".jpg", ".gif"}
 
-# [text](target) and ![text](target), outside of code as far as the pages have any.
+# [text](target) and ![text](target); code in the pages contains neither.
 _LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 
 
@@ -68,7 +68,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 class Examples(Extension):
-    """Shows what docstrings have under "Example:" as code; the reader of docstrings knows "Examples:" only."""
+    """Renders the section "Example:" of docstrings as code; the docstring parser supports "Examples:" only."""
 
     def on_object(self, *, obj, **kwargs) -> None:
         if obj.docstring is not None:
@@ -76,7 +76,7 @@ class Examples(Extension):
 
 
 def _in_repository(source: Path, target: str) -> str | None:
-    """The path in the repository that a relative link in `source` leads to; None for any other link."""
+    """The path in the repository of the target of a relative link in `source`; None for any other link."""
     path = target.partition("#")[0]
     if not path or ":" in path or path.startswith("/"):
         return None

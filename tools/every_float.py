@@ -1,7 +1,7 @@
 """Measures the largest error of SiLU in float32 over all 2^32 gates: the CPU kernels', and PyTorch's own.
 
-In units in the last place of the exact result, which float64 stands for: about 10 minutes for each CPU capability on
-two cores. `make test-every-float`.
+In units in the last place; the exact result is computed in float64. About 10 minutes for each CPU capability on two
+cores. `make test-every-float`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def errors(result: Tensor, exact: Tensor) -> Tensor:
 
 
 def largest(capability: str) -> dict[str, tuple[float, float]]:
-    """For each implementation: (largest error, the gate that has it), over all gates whose result is finite."""
+    """For each implementation: (largest error, its gate), over all gates whose result is finite."""
     _cpu_kernels.use_cpu_capability(capability)
     worst = {capability: (0.0, 0.0), "PyTorch": (0.0, 0.0)}
     out = torch.empty(CHUNK)

@@ -28,7 +28,7 @@ FORMS = {
     "gate * silu(gate) * up": SWIGLU,
     "GPT-OSS": GLUParams(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0),
 }
-# Gates at a time: 2^20 pairs stay in a cache.
+# Gates at a time: 2^20 pairs fit in a cache.
 CHUNK = 16
 
 
@@ -37,7 +37,7 @@ def every(dtype: torch.dtype) -> Tensor:
 
 
 def differing(result: Tensor, expected: Tensor) -> tuple[int, int]:
-    """(how many elements differ, by how many steps of the dtype at most); NaN equals NaN, whatever its payload."""
+    """(number of differing elements, largest difference in steps of the dtype); NaN equals NaN with any payload."""
     unequal = result.view(torch.int16) != expected.view(torch.int16)
     if not unequal.any():
         return 0, 0
@@ -52,7 +52,7 @@ def differing(result: Tensor, expected: Tensor) -> tuple[int, int]:
 
 
 def compare(params: GLUParams, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-    """For the product and each gradient: (how many of the 2^32 differ, by how many steps at most)."""
+    """For the product and each gradient: (how many of the 2^32 differ, largest difference in steps)."""
     numbers = every(dtype)
     worst = dict.fromkeys(("product", "grad_gate", "grad_up"), (0, 0))
     second = numbers.expand(CHUNK, -1).contiguous()

@@ -16,7 +16,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Backend(NamedTuple):
-    """What one kernel family serves, and whether it can run here."""
+    """The devices and dtypes of one kernel family, and whether it can run here."""
 
     name: str
     devices: tuple[str, ...]
@@ -53,7 +53,7 @@ def unavailable(device: str) -> str | None:
         try:
             importlib.import_module("hf_swiglu.backends._cpu_kernels")
         except ImportError as error:
-            # A wheel has no copy of the OpenMP library: torch's is found, or the system's.
+            # A wheel contains no OpenMP library: torch's copy is loaded, or the system's.
             return f"the C extension cannot be loaded: {error}"
         return None
     if device == "meta":
@@ -66,7 +66,7 @@ def unavailable(device: str) -> str | None:
     if Version(_triton_version()) < Version("3.4"):
         return f"Triton {_triton_version()} is too old; the kernels need 3.4"
     if not getattr(torch, device).is_available():
-        return f"PyTorch {torch.__version__} sees no {device} device"
+        return f"PyTorch {torch.__version__} finds no {device} device"
     return None
 
 

@@ -15,7 +15,7 @@ from hf_swiglu.reference import GLUParams, clamp_passes_at_limit
 # The order of the enumeration in csrc/kernels.h.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Columns farther apart than a cache line's worth are copied first, which PyTorch does in blocks: a transposed
+# Columns more than a cache line apart are copied first, which PyTorch does in blocks: a transposed
 # [1024, 4096] takes 173 ms in strides and 125 ms in copies (float32, one thread of a busy EPYC 7003).
 _LARGEST_COLUMN_STRIDE = 16
 
@@ -23,12 +23,12 @@ _cpu_kernels.set_clamp_passes_at_limit(clamp_passes_at_limit())
 
 cpu_capability: Callable[[], str] = _cpu_kernels.cpu_capability
 
-# Whether the C kernels read contiguous tensors themselves, by DLPack; Python passes their addresses otherwise.
+# Whether the C kernels read contiguous tensors by DLPack; otherwise Python passes the tensors' addresses.
 _READS_TENSORS: bool = _cpu_kernels.use_dlpack_exchange_api(Tensor, _compat.exchange_api)
 
 
 def tensor_kernel(name: str) -> Callable[..., bool] | None:
-    """The C function `name`, if it reads tensors."""
+    """The C function `name`; None where the C kernels do not read tensors."""
     return getattr(_cpu_kernels, name) if _READS_TENSORS else None
 
 
@@ -40,7 +40,7 @@ def swiglu_fwd(gate: Tensor, up: Tensor | None, out: Tensor, params: GLUParams) 
 def swiglu_bwd(
     grad_out: Tensor, gate: Tensor, up: Tensor | None, grad_gate: Tensor, grad_up: Tensor | None, params: GLUParams
 ) -> None:
-    """Write the gradients of `swiglu_fwd` to `grad_gate` and `grad_up`, given that of its output."""
+    """Write the gradients of `swiglu_fwd` to `grad_gate` and `grad_up`, from the gradient of its output."""
     _launch("swiglu_bwd", (grad_out, gate, up), (grad_gate, grad_up), params)
 
 
@@ -69,19 +69,19 @@ def _launch_strided(name: str, inputs: tuple, outputs: tuple, params: GLUParams)
 
 
 def _check_memory(tensor: Tensor) -> None:
-    """Raise where a tensor's storage was freed, or made smaller, after the tensor was made."""
+    """Raise if a tensor's storage was freed or made smaller after the tensor was created."""
     size = tensor.untyped_storage().nbytes()
     needed = tensor.itemsize * (tensor.storage_offset() + extent(tensor.shape, tensor.stride()))
     if size < needed and tensor.numel():
         what = "freed" if size == 0 else "made smaller"
         raise RuntimeError(
             f"hf_swiglu: the storage of a tensor of shape {tuple(tensor.shape)} was {what} (it has {size} bytes, and "
-            f"the tensor ends at {needed}); use the tensor before that, or give the storage its size back"
+            f"the tensor ends at {needed}); use the tensor before that, or resize the storage back"
         )
 
 
 def _launch_on_copies(name: str, inputs: tuple, outputs: tuple, params: GLUParams) -> None:
-    """For tensors without regular rows: contiguous copies of the inputs; results are copied to the outputs."""
+    """For tensors without regular rows: launches on contiguous copies, and copies the results to the outputs."""
     inputs = tuple(tensor if tensor is None else tensor.contiguous() for tensor in inputs)
     results = tuple(
         tensor if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""How a kernel walks a tensor: rows of columns, read where they lie."""
+"""The order in which a kernel reads a tensor: rows of columns, without a copy."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def common_layout(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[Layout, ...] | None:
-    """The rows of several tensors of one shape, cut alike; None when one of them cannot be cut so.
+    """The layouts of several tensors of one shape, with the same rows and columns; None where a tensor has no such.
 
-    Shapes come again and again, and this would take as long as the product of 10,000 elements.
+    Cached, because shapes recur, and the computation takes as long as a product of 10,000 elements.
     """
     if all(stride == strides[0] for stride in strides) and _is_dense(shape, strides[0]):
         count = math.prod(shape)
@@ -30,7 +30,7 @@ def common_layout(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[La
 
 
 def as_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout | None:
-    """The rows of a tensor, or None when its leading dimensions do not lie at one regular stride."""
+    """The layout of a tensor, or None where its leading dimensions have no single stride."""
     if not shape:
         return Layout(1, 1, 1, 1)
     *lead_sizes, columns = shape
@@ -49,12 +49,12 @@ def as_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout | None:
 
 @functools.lru_cache(maxsize=1024)
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many elements of its storage a tensor spans, from its first element to its last."""
+    """The number of elements of its storage that a tensor spans, from its first element to its last."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the elements fill one run of memory, in whatever order: tensors of equal strides then match up."""
+    """Whether the elements fill one run of memory, in any order: tensors of equal strides then have the same order."""
     expected = 1
     for stride, size in sorted(zip(strides, shape)):
         if size != 1 and stride != expected:

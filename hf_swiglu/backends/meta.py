@@ -1,6 +1,6 @@
-"""Kernels of meta tensors, which have shapes and no memory: nothing is computed.
+"""Kernels for meta tensors, which have shapes and no memory: nothing is computed.
 
-With them a model on the meta device takes the paths that it takes on a GPU, so that memory can be predicted.
+With them `dispatch` chooses the same paths on the meta device as on a GPU, so that memory can be predicted.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from hf_swiglu.reference import GLUParams
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor | None, out: Tensor, params: GLUParams) -> None:
-    """Nothing: `out` has its shape already."""
+    """Does nothing: `out` has its shape already."""
 
 
 def swiglu_bwd(
     grad_out: Tensor, gate: Tensor, up: Tensor | None, grad_gate: Tensor, grad_up: Tensor | None, params: GLUParams
 ) -> None:
-    """Nothing: the gradients have their shapes already."""
+    """Does nothing: the gradients have their shapes already."""

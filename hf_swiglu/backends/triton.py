@@ -1,8 +1,8 @@
 """The GPU kernels: one Triton source for CUDA, ROCm and XPU.
 
-An operand is rows of columns, read and written where it lies. One program computes one tile of it, in float32, and
-rounds to a 16-bit dtype wherever PyTorch's own operators do. Memory sets the pace, so every access is 16 bytes wide
-where the layout allows it, several are in flight at a time, and nothing is read twice.
+An operand is rows of columns, read and written without a copy. One program computes one tile of it, in float32, and
+rounds to a 16-bit dtype wherever PyTorch's own operators do. The kernels are memory-bound: every access is 16 bytes
+wide where the layout allows it, several are in flight at a time, and no element is read twice.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from hf_swiglu.backends.layout import common_layout
 from hf_swiglu.reference import SILU, SWIGLU, GLUParams, clamp_passes_at_limit
 
-# 16 elements for each of the 128 threads that Triton gives a program: two 16-byte loads per operand in bfloat16, four
-# in float32. In bfloat16 that takes 32 registers forward and 56 backward (sm_90), so 64 and 36 of a multiprocessor's
-# 64 warps fit, with over 100 KiB of loads under way.
+# 16 elements for each of the 128 threads of a Triton program: two 16-byte loads per operand in bfloat16, four in
+# float32. In bfloat16 that takes 32 registers forward and 56 backward (sm_90), so 64 and 36 of a multiprocessor's
+# 64 warps fit, with over 100 KiB of loads in flight.
 TILE = tl.constexpr(2048)
 INFINITY = tl.constexpr(math.inf)
 PASSES_AT_LIMIT = tl.constexpr(clamp_passes_at_limit())
@@ -57,7 +57,7 @@ def _minimum(value, limit: tl.constexpr):
 
 @triton.jit
 def _passes(value, limit: tl.constexpr):
-    """Where torch.clamp(max=limit) passes the gradient: inside, not for NaN, and on the limit if this PyTorch does."""
+    """Where torch.clamp(max=limit) passes the gradient: below the limit, not for NaN, at it if this PyTorch does."""
     return value <= limit if PASSES_AT_LIMIT else value < limit
 
 
@@ -71,9 +71,9 @@ def _clamped_up(up, params: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _swish(g, params: tl.constexpr, dtype: tl.constexpr):
-    """(g * sigmoid(alpha g), sigmoid(alpha g), exp(-alpha g)); one operator of PyTorch's where alpha is 1, else three.
+    """(g * sigmoid(alpha g), sigmoid(alpha g), exp(-alpha g)); one PyTorch operator where alpha is 1, else three.
 
-    Triton's plain division is up to two units in the last place off, which the result would show.
+    Triton's plain division has an error of up to two units in the last place, which would change bits of the result.
     """
     if params.alpha == 1 or dtype == tl.float32:
         e = tl.exp(-params.alpha * g)
@@ -107,13 +107,13 @@ def _fwd_strided(
 
 @triton.jit
 def _added(sum, x, dtype: tl.constexpr):
-    """`sum + x`, where there is a sum: one with 0 would lose the sign of -0."""
+    """`sum + x`, or `x` without a sum: adding 0 would lose the sign of -0."""
     return x if sum is None else _rounded(sum + x, dtype)
 
 
 @triton.jit
 def _swish_gradient(grad, g, swish, sigma, e, sum, params: tl.constexpr, dtype: tl.constexpr):
-    """`sum` and the gradient of swish, given that of its result, in the order of PyTorch's operators in 16 bits."""
+    """`sum` plus the gradient of swish, from the gradient of its result, in PyTorch's order of operators in 16 bits."""
     if dtype == tl.float32:
         # 1 - sigma, without the cancellation that is most of PyTorch's own error in float32.
         complement = tl.where(e > 1, 1 - sigma, e * sigma)
@@ -156,7 +156,7 @@ def _bwd_strided(
         grad_a = _rounded(grad_a * _clamped_up(u, params, dtype), dtype)
     if params.act_limit != INFINITY:
         grad_a = tl.where(_passes(a, params.act_limit), grad_a, 0.0)
-    # Summed like PyTorch's terms, so that infinities and signed zeros come out as there.
+    # Summed in PyTorch's order, so that infinities and signed zeros are PyTorch's.
     if params.power == 2:
         sum = _rounded(grad_a * swish, dtype)
         grad_g = _swish_gradient(_rounded(grad_a * g, dtype), g, swish, sigma, e, sum, params, dtype)
@@ -167,8 +167,8 @@ def _bwd_strided(
     tl.store(grad_gate + row * grad_gate_row + column * grad_gate_column, grad_g, mask=mask)
 
 
-# Contiguous operands are one row of known strides. Triton looks at every argument of every call: without the strides
-# that part of a launch takes 3.2 us instead of 6.2 forward, and 5 instead of 9 backward (Triton 3.9, EPYC 7003).
+# Contiguous operands are one row of known strides. Triton inspects every argument of every launch: without the strides
+# that takes 3.2 us instead of 6.2 forward, and 5 instead of 9 backward (Triton 3.9, EPYC 7003).
 @triton.jit
 def _fwd_flat(gate, up, out, count, params: tl.constexpr, even: tl.constexpr):
     _fwd_strided(gate, up, out, 0, 1, 0, 1, 0, 1, 1, count, params, TILE, even)
@@ -189,14 +189,14 @@ def swiglu_fwd(gate: Tensor, up: Tensor | None, out: Tensor, params: GLUParams) 
 def swiglu_bwd(
     grad_out: Tensor, gate: Tensor, up: Tensor | None, grad_gate: Tensor, grad_up: Tensor | None, params: GLUParams
 ) -> None:
-    """Write the gradients of `swiglu_fwd` to `grad_gate` and `grad_up`, given that of its output."""
+    """Write the gradients of `swiglu_fwd` to `grad_gate` and `grad_up`, from the gradient of its output."""
     params = _in_dtype(params, gate.dtype)
     _launch_for_layout(_bwd_flat, _bwd_strided, (grad_out, gate, up), (grad_gate, grad_up), params)
 
 
 @functools.lru_cache
 def _in_dtype(params: GLUParams, dtype: torch.dtype) -> GLUParams:
-    """The limits as PyTorch's clamp compares with them: in the tensors' dtype."""
+    """The limits in the tensors' dtype, in which PyTorch's clamp compares."""
     if params in (SILU, SWIGLU):
         return params
     limits = torch.tensor([params.gate_limit, params.act_limit, params.up_limit], dtype=dtype).tolist()
@@ -204,7 +204,7 @@ def _in_dtype(params: GLUParams, dtype: torch.dtype) -> GLUParams:
 
 
 def _launch_for_layout(flat_kernel, rows_kernel, inputs: tuple, outputs: tuple, params: GLUParams) -> None:
-    """Launch the kernel that suits the layout of the operands; all have one shape, absent ones are None."""
+    """Launch the kernel for the layout of the operands; all have one shape, absent ones are None."""
     operands = (*inputs, *outputs)
     present = [tensor for tensor in operands if tensor is not None]
     count = present[0].numel()
@@ -228,7 +228,7 @@ def _launch_for_layout(flat_kernel, rows_kernel, inputs: tuple, outputs: tuple, 
 
 
 def _launch_on_copies(flat_kernel, rows_kernel, inputs: tuple, outputs: tuple, params: GLUParams) -> None:
-    """`_launch_for_layout` for leading dimensions that lie at no regular stride, such as a transposed batch."""
+    """`_launch_for_layout` for leading dimensions without a single stride, such as a transposed batch."""
     inputs = tuple(None if tensor is None else tensor.contiguous() for tensor in inputs)
     copies = tuple(
         None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -62,7 +62,7 @@ def options(
 ) -> None:
     """SwiGLU for Hugging Face transformers: fused gates for LLaMA-style MLPs."""
     if context.invoked_subcommand != "run":
-        # Warnings about how a model is loaded would stand between the lines of the output.
+        # Warnings about the loading of a model would interleave with the output.
         transformers_logging.set_verbosity_error()
         hub_logging.set_verbosity_error()
 
@@ -80,7 +80,7 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """Versions, and which kernel serves which tensors here, or why it does not."""
+    """Versions, and which kernel runs for which device and dtype here, or why it does not."""
     found = diagnosis.diagnose()
     for name, value in {**found.versions, **found.machine}.items():
         show(f"{name:13} {value}")
@@ -167,7 +167,7 @@ def run(
     Under a launcher: accelerate launch -m hf_swiglu run SCRIPT, or torchrun -m hf_swiglu run SCRIPT.
     """
     if not module and not Path(target).is_file():
-        raise CommandError(f"there is no script {target!r}; to run a module, say -m {target}")
+        raise CommandError(f"there is no script {target!r}; to run a module, pass -m {target}")
     if activation not in (None, *ACTIVATIONS):
         raise typer.BadParameter(f"--activation is {' or '.join(ACTIVATIONS)}; got {activation!r}")
     try:
@@ -178,7 +178,7 @@ def run(
         with patched_processes({"activation": activation, "only": only, "keep": keep, "tile": tile}):
             run_script(target, arguments or (), module=module)
     except Exception:
-        # The script's own failure, shown as Python shows it.
+        # An exception of the script itself, printed as Python prints it.
         traceback.print_exc()
         return 1
     return 0

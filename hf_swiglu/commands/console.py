@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 class CommandError(Exception):
-    """A command cannot do what was asked; the message says what, why, and what to do, in one line."""
+    """A command failed; the message states what, why, and what to do, in one line."""
 
 
 def run_app(app: typer.Typer, arguments: list[str], name: str) -> int:
@@ -23,7 +23,7 @@ def run_app(app: typer.Typer, arguments: list[str], name: str) -> int:
         return _fail(name, str(error), 1)
     except Exception as error:
         if hasattr(error, "format_message"):
-            # typer's own errors, about the arguments.
+            # typer's own errors about arguments.
             return _fail(name, f"{error.format_message().rstrip('.')}; see {name} --help", 2)
         return _fail(name, f"{type(error).__name__}: {error}", 1)
     # Newer typers return the shells' 130 on Ctrl-C without a message; older ones raise Abort.
@@ -31,7 +31,7 @@ def run_app(app: typer.Typer, arguments: list[str], name: str) -> int:
 
 
 def show(what: object) -> None:
-    """Print a table through rich, which leaves colours out of a pipe, and text as it is, which rich would wrap."""
+    """Print a table with rich, without colours in a pipe; other values with `print`, because rich would wrap text."""
     if isinstance(what, Table):
         Console().print(what)
     else:

@@ -1,4 +1,4 @@
-"""SwiGLU beside GELU, ReLU and swish: values, slopes, curvatures, and the numbers behind what is said of them."""
+"""SwiGLU compared with GELU, ReLU and swish: values, slopes, curvatures, and numbers for statements about SwiGLU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Fact:
-    """A sentence about SwiGLU, the numbers behind it, and where it holds."""
+    """A statement about SwiGLU, its numbers, and the inputs for which it holds."""
 
     sentence: str
     numbers: str
@@ -58,7 +58,7 @@ def curve(name: str, x: Tensor) -> Curve:
 
 
 def facts() -> list[Fact]:
-    """What the specification says of SwiGLU, in numbers. Computed in float64, at steps of 1e-4 from -12 to 12."""
+    """The specification's statements about SwiGLU, in numbers. Computed in float64, at steps of 1e-4 from -12 to 12."""
     x = torch.arange(-120_000, 120_001, dtype=torch.float64) / 10_000
     ours, gelu, swish = (curve(name, x) for name in ("SwiGLU", "GELU", "swish"))
     negative = x < 0

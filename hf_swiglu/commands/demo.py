@@ -1,4 +1,4 @@
-"""One real model before and after `patch_model`: the same outputs, and what changes in time and memory."""
+"""One real model before and after `patch_model`: compares outputs, time and memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _EQUAL_PERPLEXITY = 1e-5
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model computes from the sample text."""
+    """The outputs of a model for the sample text."""
 
     perplexity: float
     continuation: tuple[int, ...]
@@ -63,7 +63,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything the demo found; element 0 of each pair is before patching, element 1 after."""
+    """The results of the demo; element 0 of each pair is before patching, element 1 after."""
 
     report: PatchReport
     outputs: tuple[Outputs, Outputs]
@@ -109,7 +109,7 @@ def run_demo(
 
 
 def table(result: DemoResult) -> Table:
-    """The closing table; a ratio above 1 means that the patched model takes that much less."""
+    """The closing table; a ratio above 1 means that the patched model takes less by that factor."""
     rows = Table(box=box.SIMPLE, title="medians of the rounds; ratio above 1: patching helps", title_justify="left")
     rows.add_column("phase")
     for name in ("before", "after", "ratio", "faster in"):
@@ -157,7 +157,7 @@ def _show_outputs(
 
 
 def _measure(model: PreTrainedModel, patched: PreTrainedModel, tokens: Tensor, seconds: float) -> list[Measurement]:
-    """Each phase's peak memory, which also warms it up, and then its time."""
+    """The peak memory of each phase, whose measurement is also the warm-up, and then its time."""
     before, after = phases(model, tokens), phases(patched, tokens)
     share = seconds / (len(before) + len(after))
     results = []

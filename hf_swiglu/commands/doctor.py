@@ -1,4 +1,4 @@
-"""Reports installed versions, and which kernel serves which device and dtype here."""
+"""Reports installed versions, and which kernel runs for which device and dtype here."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "triton", "g
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Versions, machine and kernels: all that decides which path a tensor takes."""
+    """Versions, machine and kernels, on which dispatch depends."""
 
     versions: dict[str, str]
     machine: dict[str, str]
     backends: tuple[Backend, ...]
-    # (device, dtype) -> the backend that serves it.
+    # (device, dtype) -> the backend that runs for it.
     serving: dict[tuple[str, str], str]
-    # Private names of other libraries that were looked for and are gone, with what is off without each.
+    # Private names of other libraries that are missing, with what is disabled without each.
     missing: dict[str, str]
 
 
@@ -57,13 +57,13 @@ def environment(device: torch.device) -> str:
     """
     kernel = serving_backend(device.type, torch.float32, available_backends())
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    # torch.__version__ names the build too, as in 2.13.0+cpu.
+    # torch.__version__ includes the build, as in 2.13.0+cpu.
     versions = f"torch {torch.__version__}, transformers {metadata.version('transformers')}"
     return f"hf_swiglu {__version__}, {versions}, {where}: {kernel.detail}"
 
 
 def serving_backend(device: str, dtype: torch.dtype, backends: tuple[Backend, ...]) -> Backend:
-    """The first backend that can run here for this device and dtype; plain PyTorch if there is no other."""
+    """The first backend that runs here for this device and dtype; plain PyTorch if there is no other."""
     for backend in backends:
         if backend.available and dtype in backend.dtypes and (device in backend.devices or "any" in backend.devices):
             return backend
@@ -76,7 +76,7 @@ def default_device() -> torch.device:
 
 
 def describe(backend: Backend) -> str:
-    """What a backend runs, or why it does not; small tensors included."""
+    """The kernel of a backend, or why it does not run, and the sizes for which plain PyTorch runs instead."""
     if not backend.available:
         return f"not used: {backend.detail}"
     smallest = max((SMALLEST_KERNEL.get(device, 0) for device in backend.devices), default=0)
@@ -85,7 +85,7 @@ def describe(backend: Backend) -> str:
         return backend.detail
     return (
         f"{backend.detail}; plain PyTorch runs where it is faster, up to {differentiated:,} elements with gradients "
-        f"and {smallest:,} in rows that lie apart"
+        f"and {smallest:,} in strided rows"
     )
 
 

@@ -57,7 +57,7 @@ def inspect_model(given: str, *, trust_remote_code: bool = False) -> Inspection:
 
 
 def nothing_to_fuse(class_name: str, report: PatchReport) -> str:
-    """One line that says why a model has no module to fuse."""
+    """Why a model has no module to fuse, in one line."""
     why = "every gated MLP was skipped" if report else "no module multiplies an activated projection by another"
     return f"nothing to fuse in {class_name}: {why}"
 

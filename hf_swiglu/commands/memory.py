@@ -14,7 +14,7 @@ from hf_swiglu import _compat
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that one call has alive at once, without those that existed before it."""
+    """The peak of the bytes of tensors alive during one call, without those that existed before it."""
     if device.type == "cpu":
         with LiveBytes() as memory:
             run()
@@ -30,7 +30,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operators create, from creation until their storage is freed.
 
-    Not the resident memory of the process, because the C library keeps what is freed. Memory that an operator
+    Not the resident memory of the process, because the C library retains freed memory. Memory that an operator
     allocates and frees before it returns is not counted. It works on the meta device as well.
     """
 

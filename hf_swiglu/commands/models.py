@@ -48,10 +48,10 @@ class Source:
 
 
 def resolve(given: str) -> Source:
-    """Find what `given` names: "smollm2", a folder, a .gguf file, or else a model on the Hub.
+    """The location of the model that `given` names: "smollm2", a folder, a .gguf file, or a model on the Hub.
 
     Raises:
-        ModelError: a path that does not exist or is no model, or "smollm2" when it is not installed.
+        ModelError: a path that does not exist or is not a model, or "smollm2" when it is not installed.
 
     Example:
         >>> from hf_swiglu.commands.models import resolve
@@ -77,7 +77,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> PreTraine
     """The model's config, without its weights.
 
     Raises:
-        ModelError: it cannot be found, reached or understood.
+        ModelError: it cannot be found, reached or parsed.
     """
     with _in_one_line(source):
         return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.arguments)
@@ -87,9 +87,9 @@ def load(source: Source, device: torch.device) -> tuple[PreTrainedModel, PreTrai
     """The causal language model in float32 on `device`, for inference, and its tokenizer.
 
     Raises:
-        ModelError: it cannot be found, reached or understood.
+        ModelError: it cannot be found, reached or parsed.
     """
-    # Reading a GGUF file's header takes seconds; a config passed in saves from_pretrained one reading of it.
+    # Reading a GGUF file's header takes seconds; with `config=`, from_pretrained reads it once less.
     config = load_config(source)
     # Releases without this config dequantise anyway.
     gguf_config = getattr(transformers, "GgufConfig", None)
@@ -126,11 +126,11 @@ def _packaged() -> Source:
 
 @contextlib.contextmanager
 def _in_one_line(source: Source) -> Iterator[None]:
-    """Turn an error of transformers, a paragraph, into a `ModelError` with its first line."""
+    """Convert an error of transformers, which may span lines, to a `ModelError` with its first line."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if "trust_remote_code" in str(error):
-            reason = "it runs code of its own, which only `hf-swiglu inspect --trust-remote-code` allows"
+            reason = "its repository ships code, which only `hf-swiglu inspect --trust-remote-code` runs"
         raise ModelError(f"cannot load {source.given}: {reason}") from error

@@ -25,7 +25,7 @@ def phases(
     batch: tuple[int, int] = TRAINING_BATCH,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Callable[[], object]]:
-    """Functions that run "prefill", "decode" and "training" once, on the first of these tokens, [1, length].
+    """Functions that run "prefill", "decode" and "training" once, on the first of `tokens`, [1, length].
 
     Args:
         model: a causal language model.
@@ -80,12 +80,12 @@ def sample_tokens(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> T
     text = resources.files("hf_swiglu.commands").joinpath("sample.txt").read_text(encoding="utf-8")
     tokens = tokenizer(text, return_tensors="pt").input_ids.to(device)
     if tokens.shape[1] < PREFILL_TOKENS:
-        raise ModelError(f"the tokenizer makes {tokens.shape[1]} tokens of the sample text; expected over 512")
+        raise ModelError(f"the tokenizer returns {tokens.shape[1]} tokens for the sample text; expected at least 512")
     return tokens
 
 
 def _prefill(model: PreTrainedModel, tokens: Tensor) -> Callable[[], object]:
-    # As in generation, where the model can: logits of the last token only.
+    # As in generation: logits of the last token only, where the model supports that.
     can = "logits_to_keep" in inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if can else {}
     return torch.no_grad()(lambda: model(input_ids=tokens, use_cache=False, **last))

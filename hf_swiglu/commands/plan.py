@@ -1,4 +1,4 @@
-"""How much memory a training step takes with each `keep` and `tile`, from a model's config alone."""
+"""The memory of a training step with each `keep` and `tile`, from a model's config alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_swiglu.patching.patch import patch_model, unpatch_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TILE = 1024
-# In the order in which memory is had for arithmetic; the first that fits is proposed.
+# In ascending order of extra arithmetic; the first that fits is proposed.
 SETTINGS: tuple[tuple[str, dict[str, int] | None], ...] = (
     ("unpatched", None),
     ("keep=3", {"keep": 3}),
@@ -48,9 +48,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model, a step of so many tokens, and what it takes with each setting.
+    """A model, the number of tokens of a step, and the cost of the step with each setting.
 
-    Peaks are weights, gradients, AdamW's two states, and whatever forward and backward have alive at once.
+    Peaks are weights, gradients, AdamW's two states, and the peak of the tensors alive in forward and backward.
     """
 
     model: str
@@ -85,8 +85,8 @@ def plan_memory(
 
     Args:
         given: a Hub id, a folder with a config.json, a .gguf file, or "smollm2".
-        tokens: of the sequence. More sequences of this length multiply what forward and backward have alive.
-        dtype: "bf16", "fp16" or "fp32", of weights, gradients and optimizer states alike.
+        tokens: of the sequence. A batch of such sequences multiplies the tensors of forward and backward.
+        dtype: "bf16", "fp16" or "fp32", of weights, gradients and optimizer states.
         checkpointing: with gradient checkpointing.
         budget: such as "24GB" or "80GiB".
         trust_remote_code: run the code that the repository ships, where transformers has no class for it.
@@ -106,7 +106,7 @@ def plan_memory(
     model.set_attn_implementation(ATTENTION)
     if checkpointing:
         _enable_checkpointing(model)
-    # With keep=0, so that MLPs with other activations than SiLU are among them.
+    # With keep=0, so that MLPs with activations other than SiLU are included.
     report = patch_model(model, keep=0, strict=False)
     mlps = [entry.name for entry in (*report.fused, *report.memory_only)]
     if not mlps:
@@ -163,7 +163,7 @@ def read_bytes(text: str) -> int:
 
 def _advice(plan: Plan) -> str:
     if plan.budget_bytes is None:
-        return "give a --budget to be told which setting to choose"
+        return "pass --budget for a proposed setting"
     if plan.proposal is not None:
         return f"choose {plan.proposal.setting}"
     if not plan.checkpointing:
@@ -177,7 +177,7 @@ def _step(model: PreTrainedModel, mlps: list[str], tokens: int) -> Cost:
     try:
         cost = simulate(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss, modules)
     except Exception as error:
-        # Any exception is possible: a forward may depend on values, which the meta device does not have.
+        # Any exception is possible: a forward may depend on values, which meta tensors do not have.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(f"{type(model).__name__} cannot be run without weights: {reason}") from error
     model.zero_grad(set_to_none=True)

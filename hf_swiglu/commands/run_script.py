@@ -1,4 +1,4 @@
-"""Runs a user's script with every model fused that it builds, in its threads and child processes too."""
+"""Runs a user's script and fuses every model that it builds, also in its threads and child processes."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def run_script(target: str, arguments: Sequence[str] = (), *, module: bool = Fal
 def patched_processes(options: dict[str, Any]) -> Iterator[None]:
     """Fuse the models that this process builds, and those of functions that `multiprocessing` runs in child processes.
 
-    Each process reports on standard error what it has fused. A subclass of `Process` that overrides `run`, and programs
-    that are started in other ways, are not reached.
+    Each process prints on standard error how many MLPs it has fused. A subclass of `Process` that overrides `run`, and
+    programs that are started in other ways, are not patched.
     """
     start = BaseProcess.start
 

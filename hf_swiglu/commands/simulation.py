@@ -1,7 +1,7 @@
 """A training step on the meta device: the bytes and the arithmetic of the real one, from a config alone.
 
-Every operator runs with shapes and no memory, and so does whatever decides what to keep: saved-tensor hooks,
-recomputation, checkpoints, tiles.
+Every operator runs with shapes and no memory, and so does the code that decides which tensors are kept: saved-tensor
+hooks, recomputation, checkpointing, tiles.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ATTENTION = "hf_swiglu_simulated"
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes that stay alive from forward to backward, those that calls of the given modules leave alive among them;
-    bytes at the peak; floating-point operations of matrix products."""
+    """Bytes that stay alive from forward to backward, and the part of them from calls of the given modules; bytes at
+    the peak; floating-point operations of matrix products."""
 
     kept: int
     kept_by_modules: int
@@ -34,9 +34,9 @@ class Cost:
 
 
 def simulate(forward: Callable[[], Tensor], modules: Iterable[nn.Module] = ()) -> Cost:
-    """The cost of `forward()` and of the backward of its sum, beside the tensors that exist already.
+    """The cost of `forward()` and of the backward of its sum, without the tensors that exist already.
 
-    What forward returns, and the outputs of the modules, are not counted among the bytes that they keep.
+    The results of `forward` and of the modules are not counted among the kept bytes.
     """
     with _Simulation() as simulation:
         with _kept_bytes(simulation, modules) as kept_by_modules:
@@ -48,7 +48,7 @@ def simulate(forward: Callable[[], Tensor], modules: Iterable[nn.Module] = ()) -
 
 @contextlib.contextmanager
 def _kept_bytes(simulation: _Simulation, modules: Iterable[nn.Module]) -> Iterator[list[int]]:
-    """Inside, each call of a module appends the bytes that it leaves alive beside its output."""
+    """Inside, each call of a module appends the bytes that it leaves alive, without its output."""
     started: list[int] = []
     kept: list[int] = []
 
@@ -67,7 +67,7 @@ def _kept_bytes(simulation: _Simulation, modules: Iterable[nn.Module]) -> Iterat
 
 
 class _Simulation(LiveBytes):
-    """Counts the arithmetic of operators as well, and answers branches on values."""
+    """Also counts the arithmetic of operators, and defines the values that branches read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class _Simulation(LiveBytes):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            # Branches of transformers depend on whether a mask is all ones, and omit it then.
+            # transformers tests whether a mask is all ones, and omits it then.
             return args[0].dtype == torch.bool
         result = super().__torch_dispatch__(func, types, args, kwargs)
         count = flop_registry.get(func.overloadpacket)
@@ -92,11 +92,11 @@ def _register(module: nn.Module, before: Callable, after: Callable) -> tuple[Rem
 
 
 class _Attention(torch.autograd.Function):
-    """Flash attention as far as memory goes: query, key, value, the result and a number for each row are kept."""
+    """The memory of flash attention: query, key, value, the result and a number for each row are kept."""
 
     @staticmethod
     def forward(ctx, query, key, value):
-        # In query's order of memory, as PyTorch's kernels have it: layers that transpose it back need no copy then.
+        # In query's memory order, as in PyTorch's kernels: layers that transpose it back then need no copy.
         same_width = query.shape[-1] == value.shape[-1]
         result = torch.empty_like(query) if same_width else query.new_empty((*query.shape[:-1], value.shape[-1]))
         ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))

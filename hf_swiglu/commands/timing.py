@@ -11,7 +11,7 @@ import torch
 
 Contenders = Mapping[str, Callable[[], object]]
 
-# Shorter turns would measure the clock, and what the other contenders left in the caches.
+# Shorter turns would measure the clock's resolution, and the cache contents of the other contenders.
 _TURN_SECONDS = 0.005
 
 
@@ -34,11 +34,11 @@ class _Sample:
 
 
 class Times(_Sample):
-    """Seconds for one call, in each round."""
+    """Seconds per call in each round."""
 
 
 class Ratio(_Sample):
-    """How many times faster one function is than another: the ratio of their times in each round."""
+    """The speedup of one function over another: the ratio of their times in each round."""
 
     @classmethod
     def of(cls, before: Times, after: Times) -> Ratio:
@@ -65,7 +65,7 @@ def take_turns(
         seconds: how long to measure each contender.
         device: where they run.
         fewest_rounds: how many rounds are completed in any case.
-        calls: how many calls make a turn; by default, as many as take 5 ms.
+        calls: the number of calls in a turn; by default, as many as take 5 ms.
     """
     turns = {name: _turn(function, calls, device) for name, function in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -79,7 +79,7 @@ def take_turns(
 
 
 def seconds_per_call(function: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Wall-clock time of a call, all of the device's work included; the mean of several calls."""
+    """Wall-clock time of a call, including the work on the device; the mean of several calls."""
     _synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -89,7 +89,7 @@ def seconds_per_call(function: Callable[[], object], device: torch.device, calls
 
 
 def _turn(function: Callable[[], object], calls: int | None, device: torch.device) -> Callable[[], float]:
-    """Measures one turn of a contender, in seconds for a call."""
+    """A function that measures one turn of a contender, in seconds per call."""
     if calls is None and device.type != "cpu":
         return lambda: _device_turn(function)
     if calls is None:
@@ -101,7 +101,7 @@ def _turn(function: Callable[[], object], calls: int | None, device: torch.devic
 
 
 def _device_turn(function: Callable[[], object]) -> float:
-    # It clears the cache before each call, and takes the time from the device.
+    # `do_bench` clears the cache before each call, and measures time on the device.
     from triton.testing import do_bench
 
     return do_bench(function, warmup=5, rep=20, return_mode="median") / 1e3

@@ -12,7 +12,7 @@ NAME = "swiglu"
 
 
 def register_fusion() -> None:
-    """Put the fusion into transformers' registry; releases without one are left alone."""
+    """Add the fusion to transformers' registry; does nothing in releases without one."""
     found = _compat.fusion_registry()
     if found is None:
         return
@@ -32,10 +32,10 @@ def register_fusion() -> None:
 
 
 def _self_fusing(original: type[nn.Module]) -> type[nn.Module]:
-    """A class whose instances look at themselves once they are built.
+    """A class whose constructor fuses the instance, if it has a gated product.
 
-    transformers replaces a class by name, for every later load in the process and whatever its configuration; so each
-    instance decides for itself whether, and how, it is fused.
+    transformers replaces a class by name, for every later load in the process and with any configuration; so whether
+    and how to fuse is decided for each instance.
     """
 
     def __init__(self, *args, **kwargs):

@@ -24,15 +24,15 @@ _OPTIONS = {"activation": None, "keep": None, "tile": None, "strict": True, "ver
 
 
 class Session:
-    """What one `with patch_on_load(...)` asks for, and what it has seen."""
+    """The options of one `with patch_on_load(...)`, the models that were built in it, and their reports."""
 
     def __init__(self, options: dict[str, Any]):
         self._options = _OPTIONS | options
         checked(self._options["keep"], self._options["tile"])
         self._building = threading.local()
-        # For each model that was built: its report's place in `reports`.
+        # For each model that was built: the index of its report in `reports`.
         self._models: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-        # For each transformers model: the outermost one around it.
+        # For each transformers model: the outermost model that contains it.
         self._outermost: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
         self._called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._lock = threading.RLock()
@@ -45,7 +45,7 @@ class Session:
 
     @contextlib.contextmanager
     def construction(self, model: nn.Module) -> Iterator[None]:
-        """Around each `__init__` of a transformers model, its base classes' among them."""
+        """Entered around each `__init__` of a transformers model, those of its base classes included."""
         stack = vars(self._building).setdefault("stack", [])
         if any(model is other for other in stack):
             yield
@@ -56,19 +56,19 @@ class Session:
         finally:
             stack.pop()
         if not stack:
-            # Names, and the config, are only now what a user sees.
-            self.look_at(model)
+            # Only the outermost constructor leaves the final module names and config.
+            self.patch(model)
 
     def before_call(self, model: nn.Module) -> None:
-        """Before each call of a transformers model: parts may have been put in since it was built."""
+        """Called before each call of a transformers model: modules may have been added since it was built."""
         if model in self._called:
             return
         outermost = self._outermost[model]() if model in self._outermost else model
-        self.look_at(model if outermost is None else outermost)
+        self.patch(model if outermost is None else outermost)
         self._called.update(part for part in model.modules() if isinstance(part, transformers.PreTrainedModel))
 
-    def look_at(self, model: nn.Module) -> None:
-        """Patch the model as it is now, and report it."""
+    def patch(self, model: nn.Module) -> None:
+        """Patch the model in its present state, and add or update its report."""
         with self._lock, _switched_off():
             report = patch_model(model, **self._options | {"strict": False, "verify": False})
             for part in model.modules():
@@ -82,9 +82,9 @@ class Session:
                 self.reports.append(report)
 
     def finish(self) -> None:
-        """See to what is asked for when the context ends."""
+        """Patch every model once more, then apply `verify` and `strict`."""
         for model in list(self._models):
-            self.look_at(model)
+            self.patch(model)
         if self._options["verify"]:
             for model in list(self._models):
                 compare_fused(model)
@@ -92,12 +92,12 @@ class Session:
             report.fused or report.already_fused or report.memory_only for report in self.reports
         ):
             elsewhere = "other threads and processes need a patch_on_load of their own, or hf-swiglu run"
-            seen = "\n".join(map(str, self.reports)) or f"no transformers model was built here; {elsewhere}"
-            raise ValueError(f"patch_on_load: nothing was fused: {seen}\nPass strict=False to accept that")
+            details = "\n".join(map(str, self.reports)) or f"no transformers model was built here; {elsewhere}"
+            raise ValueError(f"patch_on_load: nothing was fused: {details}\nPass strict=False to accept that")
 
 
 def _merged(before: PatchReport, now: PatchReport) -> PatchReport:
-    """`now`, in which what the session itself had fused before is still called fused."""
+    """`now`, with the verdict `fused` for modules that this session fused before."""
     fused = {entry.name for entry in before.fused}
     return PatchReport(
         [
@@ -109,14 +109,14 @@ def _merged(before: PatchReport, now: PatchReport) -> PatchReport:
     )
 
 
-# Per context: another thread, and another asyncio task, sees None, and then what `run` has set for the whole process.
+# Per context: in another thread or asyncio task it is None, and the session of the whole process applies, if any.
 _session: ContextVar[Session | None] = ContextVar("hf_swiglu_session", default=None)
 _process_session: Session | None = None
 _is_off: ContextVar[bool] = ContextVar("hf_swiglu_session_is_off", default=False)
 
 _lock = threading.Lock()
 _users = 0
-# What `_install` has replaced: (class, attribute, what stood in the class, None where it stood in a base).
+# The attributes that `_install` has replaced: (class, name, the class's own value, or None where it inherited it).
 _replaced: list[tuple[type, str, Any]] = []
 
 
@@ -125,20 +125,20 @@ def patch_on_load(**options) -> Iterator[list[PatchReport]]:
     """Fuse every transformers model that is built inside: `from_pretrained`, `from_config` or a constructor.
 
     Remote code, `device_map`, quantisation and PEFT's `from_pretrained` are included: a model is patched when its
-    constructor returns, before weights are loaded into it, and looked at once more when it is first called and when
-    the context ends. Only this context is affected, not other threads or processes; nested contexts use their own
-    options; nothing stays behind, whatever happens inside. `hf-swiglu run` patches a whole process.
+    constructor returns, before weights are loaded into it, and again when it is first called and when the context
+    ends. Only this context is affected, not other threads or processes; nested contexts use their own options; the
+    hooks into transformers are removed at the end, also after an error. `hf-swiglu run` patches a whole process.
 
     Args:
-        **options: those of `patch_model`. `strict` and `verify` are seen to when the context ends.
+        **options: those of `patch_model`. `strict` and `verify` apply when the context ends.
 
     Yields:
         The list of reports, one for each model, which fills as models are built.
 
     Raises:
         TypeError: an unknown option.
-        ValueError: nothing is fused by the end (with `strict`), a `keep` or `tile` that makes no sense, or a swap that
-            a config cannot express.
+        ValueError: nothing is fused by the end (with `strict`), an invalid `keep` or `tile`, or a swap that a config
+            cannot express.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -184,7 +184,7 @@ def process_session() -> Session | None:
 
 @contextlib.contextmanager
 def _switched_off() -> Iterator[None]:
-    """Inside, models are built as if there were no session: a swap builds one to compare with."""
+    """Inside, no session applies: a swap builds models for comparison, which are not to be patched."""
     token = _is_off.set(True)
     try:
         yield
@@ -198,7 +198,7 @@ def _current() -> Session | None:
 
 @contextlib.contextmanager
 def _installed() -> Iterator[None]:
-    """Inside, sessions hear of constructors and calls of transformers models."""
+    """Inside, constructors and calls of transformers models notify the current session."""
     global _users
     with _lock:
         _users += 1
@@ -216,7 +216,7 @@ def _installed() -> Iterator[None]:
 
 
 def _install() -> None:
-    """Every class's own `__init__`: only the outermost one returns when the model is complete."""
+    """Wrap the `__init__` of every class: only the outermost one returns when the model is complete."""
     base = transformers.PreTrainedModel
     call, init_subclass = base.__call__, base.__init_subclass__.__func__  # type: ignore[attr-defined]
 
@@ -227,7 +227,7 @@ def _install() -> None:
 
     def __init_subclass__(cls, **kwargs):
         init_subclass(cls, **kwargs)
-        _watch_constructor(cls)
+        _wrap_constructor(cls)
 
     _replace(base, "__call__", functools.wraps(call)(__call__))
     _replace(base, "__init_subclass__", classmethod(functools.wraps(init_subclass)(__init_subclass__)))
@@ -235,10 +235,10 @@ def _install() -> None:
     while pending:
         cls = pending.pop()
         pending += cls.__subclasses__()
-        _watch_constructor(cls)
+        _wrap_constructor(cls)
 
 
-def _watch_constructor(cls: type[nn.Module]) -> None:
+def _wrap_constructor(cls: type[nn.Module]) -> None:
     init = vars(cls).get("__init__")
     if init is None or any(cls is seen and name == "__init__" for seen, name, _ in _replaced):
         return

@@ -1,4 +1,4 @@
-"""Fusing a loaded model's MLPs, and undoing it: all of it or nothing, and never silently."""
+"""Fusing a loaded model's MLPs, and undoing it. After an error the model is unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_swiglu import _compat
 from hf_swiglu.patching import swap
-from hf_swiglu.patching.memory.planning import settled
+from hf_swiglu.patching.memory.planning import effective_setting
 from hf_swiglu.patching.memory.settings import DEFAULT_KEEP, Memory, checked
 from hf_swiglu.patching.recognition.recognise import Found
 from hf_swiglu.patching.recognition.source import NoSource
@@ -24,7 +24,7 @@ from hf_swiglu.patching.verify import compare
 
 @dataclass(frozen=True)
 class _Planned:
-    """What is to become of one module: `fused` is its new class, None where it keeps its own."""
+    """The plan for one module: `fused` is its new class, None where it keeps its class."""
 
     entry: Entry
     module: nn.Module
@@ -46,35 +46,35 @@ def patch_model(
 
         down(act(gate(x)) * up(x))      becomes      down(product(gate(x), up(x)))
 
-    in place, with the same parameters, outputs and state_dict, whatever the module and its children are called. The
-    product is all that changes: everything around it stays the class's own Python, and whether to fuse is decided at
-    every call, from what activation, gate and up are then. Without gradients the product is written over gate. With
-    them, gate and up are all that is kept for backward, where a kernel runs: see `available_backends`; gates of up to
-    12,288 elements on a CPU go without.
+    in place, with the same parameters, outputs and state_dict, for any names of the module and its children. Only the
+    product is replaced: the rest of the method is the class's own Python, and whether to fuse is decided at every call,
+    from the activation, gate and up of that call. Without gradients the product is written over gate. With gradients,
+    only gate and up are kept for backward, where a kernel runs: see `available_backends`; no kernel runs for gates of
+    up to 12,288 elements on a CPU.
 
     Args:
         model: any `torch.nn.Module`; wrapped by PEFT, accelerate or DDP is fine.
         activation: "swiglu" or "silu" swaps the gates' activation first, in the modules and in the config. This
             changes the model's function. None, the default, keeps it.
         keep: how many buffers of tokens x intermediate size each MLP keeps for backward. 3: gate, up and the product.
-            2, the default: gate and up; the product is computed again. 1: gate; up comes from its projection again.
-            0: neither; both come from their projections again. The down projection never runs again.
-        tile: at most so many rows (tokens) of gate and up exist at a time, in inference and in training. `keep` is
-            then 0, and need not be given.
+            2, the default: gate and up; the product is computed again. 1: gate; the projection of up runs again.
+            0: neither; both projections run again. The down projection never runs again.
+        tile: the largest number of rows (tokens) of gate and up that exist at a time, in inference and in training.
+            `keep` is then 0, and may be omitted.
         strict: raise when there is nothing to fuse.
         verify: run each module on a random input before and after, and compare.
         only: shell-style patterns of class names or of qualified names, such as "LlamaMLP" or "model.layers.0.*".
 
     Returns:
-        What was fused and what was skipped, with the reasons, and the `keep` and `tile` that each module got. MLPs
-        whose gate has another activation take `keep` below 2 and `tile` as well. A module that was fused with other
-        options is fused again with these.
+        The fused and the skipped modules, with the reasons, and the `keep` and `tile` of each module. `keep` below 2
+        and `tile` also apply to MLPs whose gate has another activation. A module that was fused with other options is
+        fused again with these.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: nothing to fuse (with `strict`), a pattern that matches nothing, an unknown activation, a `keep` or
-            `tile` that makes no sense, or a swap that the config cannot express. The model is then as it was.
-        RuntimeError: `verify` found a difference. The model is then as it was.
+        ValueError: nothing to fuse (with `strict`), a pattern that matches nothing, an unknown activation, an invalid
+            `keep` or `tile`, or a swap that the config cannot express. The model is then unchanged.
+        RuntimeError: `verify` found a difference. The model is then unchanged.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -107,14 +107,14 @@ def patch_model(
 
 
 def unpatch_model(model: nn.Module) -> int:
-    """Undo `patch_model`: classes, swapped activations and config are what they were before.
+    """Undo `patch_model`: restores classes, swapped activations and config.
 
     Returns:
-        How many modules were restored.
+        The number of modules restored.
 
     Raises:
         TypeError: `model` is not a module.
-        RuntimeError: a fused module was wrapped in another class since (FSDP does that); nothing was changed.
+        RuntimeError: a fused module has since been wrapped in another class (FSDP does that); nothing was changed.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -139,7 +139,7 @@ def unpatch_model(model: nn.Module) -> int:
     return len({module for _, module in modules} | set(swap.restore(model)))
 
 
-def _planned(name: str, module: nn.Module, found: Found, asked: Memory) -> _Planned:
+def _planned(name: str, module: nn.Module, found: Found, requested: Memory) -> _Planned:
     def skipped(reason: str) -> _Planned:
         entry = Entry(name, type(module).__name__, SKIPPED, found.kind, found.activation, reason)
         return _Planned(entry, module, found)
@@ -150,19 +150,19 @@ def _planned(name: str, module: nn.Module, found: Found, asked: Memory) -> _Plan
         )
         return _Planned(entry, module, found, fused)
 
-    choices = found.choices or (found.others if asked.keep < DEFAULT_KEEP else ())
+    choices = found.choices or (found.memory_only if requested.keep < DEFAULT_KEEP else ())
     if not choices:
         was_patched = isinstance(module, FusedModule) and classes.wrapper_of(type(module)) is None
         return dataclasses.replace(
             skipped(found.reason), fused=classes.original_class(type(module)) if was_patched else None
         )
     original = classes.original_class(type(module)) if isinstance(module, FusedModule) else type(module)
-    memory, note = settled(asked, module, original, choices, found.kind)
+    memory, note = effective_setting(requested, module, original, choices, found.kind)
     verdict = FUSED if found.choices else MEMORY_ONLY
     if verdict == MEMORY_ONLY and memory.keep >= DEFAULT_KEEP:
         return skipped(f"{found.reason}; {note}")
     if isinstance(module, FusedModule):
-        if classes.is_fused_so(type(module), choices, memory):
+        if classes.is_fused_with(type(module), choices, memory):
             return planned(ALREADY_FUSED if found.choices else MEMORY_ONLY, None)
         wrapper = classes.wrapper_of(type(module))
         if wrapper is not None:
@@ -174,7 +174,7 @@ def _planned(name: str, module: nn.Module, found: Found, asked: Memory) -> _Plan
     except NoSource as reason:
         return skipped(str(reason))
     except TypeError as error:
-        # A metaclass, or bases, that allow no such subclass.
+        # The metaclass, or the bases, allow no such subclass.
         return skipped(f"its class cannot be subclassed: {error}")
 
 

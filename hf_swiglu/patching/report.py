@@ -1,4 +1,4 @@
-"""What patching did, for people and for programs."""
+"""The report of `patch_model`: printable, and iterable."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hf_swiglu.patching.memory.settings import DEFAULT_KEEP
 Verdict = Literal["fused", "already fused", "memory only", "skipped"]
 FUSED: Verdict = "fused"
 ALREADY_FUSED: Verdict = "already fused"
-# A gate with another activation: no kernel computes it, and `keep` and `tile` apply all the same.
+# A gate with another activation: no kernel computes it, but `keep` and `tile` apply.
 MEMORY_ONLY: Verdict = "memory only"
 SKIPPED: Verdict = "skipped"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one module.
+    """The result for one module.
 
-    `reason` says why it was not fused. `keep` and `tile` are what it got, None where it was skipped, and `note` says
-    why that is not what was asked for.
+    `reason` states why it was not fused. `keep` and `tile` are its effective settings, None where it was skipped, and
+    `note` states why they differ from the requested ones.
     """
 
     name: str
@@ -38,16 +38,16 @@ class Entry:
 
     @property
     def memory(self) -> str:
-        """What differs from the default, "keep=0, tile=512" for instance."""
+        """The settings that differ from the default, such as "keep=0, tile=512"."""
         settings = ("keep", None if self.keep == DEFAULT_KEEP else self.keep), ("tile", self.tile)
         return ", ".join(f"{name}={value}" for name, value in settings if value is not None)
 
 
 class PatchReport(Sequence[Entry]):
-    """Every module that was fused, or that looked like a gated MLP and was skipped, in the model's order.
+    """Every module that was fused, or that resembles a gated MLP and was skipped, in the model's order.
 
-    Print it to read it; index or iterate it, or use `fused`, `already_fused`, `memory_only` and `skipped`, to compute
-    with it.
+    A sequence of entries; `fused`, `already_fused`, `memory_only` and `skipped` select by verdict, and `print` shows a
+    summary.
 
     Example:
         >>> from hf_swiglu.patching.report import Entry, PatchReport

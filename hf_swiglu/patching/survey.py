@@ -1,4 +1,4 @@
-"""Recognition over a whole model: which modules, and what was found in each."""
+"""Recognition over a whole model: its gated MLPs, and the result for each."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hf_swiglu.patching.recognition.recognise import Found, recognise
 
 
 def survey(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, Found]]:
-    """Every module that has a gated product, or looks as if it had one, with what was found."""
+    """Every module that has a gated product, or that resembles a gated MLP, with the result of recognition."""
     methods: dict[type, list[Method]] = {}
     result = []
     for name, module in modules:
         cls = type(module)
         if cls not in methods:
-            # Those of the original, under whatever has been put around a fused class.
+            # A fused class may itself have been wrapped; the methods of its original class are read.
             innermost = next((base for base in cls.__mro__ if "_swiglu_original" in vars(base)), None)
             methods[cls] = list(methods_of(cls if innermost is None else innermost._swiglu_original))
         found = recognise(module, methods[cls])

@@ -1,4 +1,4 @@
-"""Changing the gates' activation, in the modules and in the config, so that a reload computes the same."""
+"""Changing the gates' activation, in the modules and in the config, so that a reloaded model computes the same."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _logger = logging.getLogger(__name__)
 # By the power of the gate in the product: `reference.GLUParams`.
 ACTIVATIONS = {"silu": 1, "swiglu": 2}
 
-# Where a swapped module keeps what it had: in `__dict__`, past nn.Module's own bookkeeping; copies take it along. The
-# name of the child, the activation that stood there, and the config's entries that named it: a plain tuple, so that a
-# pickle loads without this package.
+# The attribute of a swapped module for undoing the swap: in `__dict__`, not a submodule, and copied with the module. It
+# is (name of the child, its original activation, the original config entries): a plain tuple, so that a pickle loads
+# without this package.
 _RECORD = "_hf_swiglu_swap"
 
 
@@ -31,8 +31,8 @@ def swapped(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], acti
     """Swap the activation of every gated MLP that the survey found; an error inside undoes it.
 
     Raises:
-        ValueError: an unknown activation, an MLP whose activation cannot be swapped, or a swap after which a reload
-            from the config would not compute what the model computes.
+        ValueError: an unknown activation, an MLP whose activation cannot be swapped, or a swap after which a model
+            reloaded from the config would not compute the same.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f'patch_model: activation must be "swiglu" or "silu"; got {activation!r}')
@@ -50,7 +50,7 @@ def swapped(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], acti
         yield
     except BaseException:
         for module, step in reversed(done):
-            _take_back(module, step)
+            _undo_swap(module, step)
         raise
     if done:
         _warn_of_adapters(model, activation)
@@ -76,20 +76,20 @@ def _swappable_child(name: str, module: nn.Module, found: Found) -> str:
 
 
 def _swap(model: nn.Module, name: str, module: nn.Module, child: str, activation: str) -> tuple:
-    """Swap one module's activation; returns (child, what stood there, the config's entries as they were)."""
+    """Swap one module's activation; returns (child, the previous activation, the previous config entries)."""
     present = module.get_submodule(child)
     module.set_submodule(child, ACT2FN[activation].train(present.training))
     config = _governing_config(model, name)
     edited = [(config, key, value) for key, value in _activation_entries(config, type(present))]
     for _, key, _ in edited:
         setattr(config, key, activation)
-    # A second swap keeps the first one's record: undo goes back to the beginning.
+    # A second swap keeps the record of the first one, so that undo restores the original.
     _, _, recorded = vars(module).setdefault(_RECORD, (child, present, []))
     recorded += edited
     return child, present, edited
 
 
-def _take_back(module: nn.Module, step: tuple) -> None:
+def _undo_swap(module: nn.Module, step: tuple) -> None:
     child, present, edited = step
     module.set_submodule(child, present)
     _reset(edited)
@@ -105,7 +105,7 @@ def _reset(edited: list[tuple]) -> None:
 
 
 def _governing_config(model: nn.Module, name: str) -> object | None:
-    """The config of the nearest PreTrainedModel around the module: its own part of a composite config."""
+    """The config of the nearest PreTrainedModel that contains the module: its part of a composite config."""
     path = name.split(".") if name else []
     for depth in range(len(path), -1, -1):
         owner = model.get_submodule(".".join(path[:depth]))
@@ -134,9 +134,9 @@ def _same_activation(name: str, activation_type: type) -> bool:
 
 
 def _check_reload(model: nn.Module, names: list[str], activation: str) -> None:
-    """Build every transformers model in `model` again from its config, and compare the activations place by place.
+    """Build every transformers model in `model` again from its config, and compare the activations module by module.
 
-    Places that only one of the two has are passed over: layers may have been dropped.
+    Modules that only one of the two has are ignored: layers may have been removed.
     """
     inside: tuple[nn.Module, ...] = ()
     for owner in model.modules():
@@ -145,7 +145,7 @@ def _check_reload(model: nn.Module, names: list[str], activation: str) -> None:
         inside += tuple(owner.modules())
         twin = _rebuilt(owner)
         if twin is None:
-            # With arguments of its own in the constructor: there is only the config to go by.
+            # Its constructor needs more arguments than the config, so only the config can be checked.
             if not all(_names(_governing_config(model, name), activation) for name in names):
                 raise ValueError(
                     f"patch_model: {type(owner).__name__} cannot be built from its config alone, and that config names "
@@ -175,7 +175,7 @@ def _rebuilt(owner: transformers.PreTrainedModel) -> nn.Module | None:
         with torch.device("meta"):
             return type(owner)(copy.deepcopy(owner.config))
     except Exception:
-        # Constructors outside transformers take, and do, anything.
+        # Constructors outside transformers may raise any exception.
         return None
 
 
@@ -186,7 +186,7 @@ def _computes_alike(present: type, rebuilt: type) -> bool:
 
 
 def _warn_of_adapters(model: nn.Module, activation: str) -> None:
-    """PEFT saves an adapter without its base's config, and names the checkpoint that the base was loaded from."""
+    """Warn that PEFT saves an adapter without its base's config, with only the name of the base's checkpoint."""
     loaded = [
         part.name_or_path
         for part in model.modules()
@@ -194,8 +194,8 @@ def _warn_of_adapters(model: nn.Module, activation: str) -> None:
     ]
     if loaded:
         _logger.warning(
-            'the gates of %s now have "%s", which its config says and save_pretrained saves. An adapter saved by '
-            'itself (PEFT) does not say it: load its base, %s, under patch_on_load(activation="%s")',
+            'the gates of %s now have "%s", which its config states and save_pretrained saves. An adapter saved by '
+            'itself (PEFT) does not contain it: load its base, %s, under patch_on_load(activation="%s")',
             type(model).__name__,
             activation,
             loaded[0],

@@ -25,14 +25,14 @@ def compare_fused(model: nn.Module) -> None:
 
 
 def compare(module: nn.Module, name: str, original: type[nn.Module], fused: type[nn.Module], found: Found) -> None:
-    """Run `module` with its original and its fused class, on an input that it takes: equal outputs and gradients?
+    """Compare outputs and gradients of `module` with its original and its fused class, on a random input.
 
     Raises:
-        RuntimeError: they differ by more than rounding, or no input was found that the module takes.
+        RuntimeError: they differ by more than rounding, or the module accepts none of the inputs tried.
         ValueError: the module has no weights to run with (the meta device).
     """
     present, results = type(module), []
-    # The same seed before every run gives dropout the same mask, and the user's generators are put back.
+    # The same seed before every run gives dropout the same mask; `fork_rng` restores the user's generators.
     with torch.random.fork_rng():
         try:
             set_class(module, original)
@@ -42,7 +42,7 @@ def compare(module: nn.Module, name: str, original: type[nn.Module], fused: type
             results.append(_run(function, probe))
         finally:
             set_class(module, present)
-    # A matrix product of fewer rows may be summed in another order.
+    # A matrix product of fewer rows may sum in another order.
     has_tiles = fused._swiglu_memory.tile is not None if issubclass(fused, FusedModule) else False
     for what, expected, result in zip(("output", "gradient"), *results):
         if what == "output" and not has_tiles and expected.is_cpu and expected.dtype in (torch.bfloat16, torch.float16):
@@ -50,7 +50,8 @@ def compare(module: nn.Module, name: str, original: type[nn.Module], fused: type
             if differing:
                 raise RuntimeError(
                     f"verify=True found that fusing {name} ({original.__name__}) changes {differing} of "
-                    f"{expected.numel()} outputs in {expected.dtype}, where bits are to be equal. Please report this"
+                    f"{expected.numel()} outputs in {expected.dtype}, where bits are to be equal. Please report this "
+                    "class"
                 )
         error = (result.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
         if not error <= _TOLERANCE * torch.finfo(expected.dtype).eps:
@@ -63,28 +64,31 @@ def compare(module: nn.Module, name: str, original: type[nn.Module], fused: type
 def _first_that_runs(
     module: nn.Module, name: str, found: Found
 ) -> tuple[Callable[[Tensor], Tensor], Tensor, list[Tensor]]:
-    """(what is run, its input, its results) before fusion."""
+    """(function, input, results) before fusion, for the first candidate that raises no error."""
     errors = []
     for function, probe in _candidates(module, found):
         try:
             return function, probe, _run(function, probe)
         except Exception as error:
-            # Anything can come out of a module that was given what it does not take.
+            # A module may raise any exception for an input that it does not accept.
             errors.append(error)
     reason = f"; the last of {len(errors)} tried raised {errors[-1]!r}" if errors else ""
     raise RuntimeError(
-        f"verify=True found no random input that {name} ({type(module).__name__}) takes{reason}. "
+        f"verify=True found no random input that {name} ({type(module).__name__}) accepts{reason}. "
         "Leave it out with only=, or patch without verify"
     )
 
 
 def _candidates(module: nn.Module, found: Found) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """The module itself with each width that it could take, then methods that take one packed tensor."""
+    """The module with inputs of each width that it might accept, then its methods that take one packed tensor."""
     tensors = [*module.parameters(), *module.buffers()]
-    # accelerate's hooks bring offloaded weights in, which lie on the meta device between calls.
+    # accelerate's hooks load offloaded weights, which are on the meta device between calls.
     hooked = any(_compat.ACCELERATE_FORWARD in vars(child) for child in module.modules())
     if any(tensor.is_meta for tensor in tensors) and not hooked:
-        raise ValueError("patch_model: verify=True runs the model's MLPs, but its weights are on the meta device")
+        raise ValueError(
+            "patch_model: verify=True runs the model's MLPs, but its weights are on the meta device. Load the weights "
+            "first, or patch without verify"
+        )
     floating = [tensor for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta]
     like = floating[0] if floating else torch.empty(0)
 

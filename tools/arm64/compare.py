@@ -1,9 +1,9 @@
-"""Compares the loops as an arm64 processor runs them with the plain formula here: `make test-arm64`.
+"""Compares the loops, run on an emulated arm64 processor, with the plain formula on this machine: `make test-arm64`.
 
 The C sources that need no Python are cross-compiled and run under an emulator of the processor. bfloat16 and float16
 must have the plain formula's bits: every gate of the dtype with several ups, members of the family with and without
-limits, columns side by side and apart, one thread and two. The gradient of gate may be off by as many steps as
-docs/numerics.md says, once in 10,000 elements at most. float32 must be within the project's tolerance.
+limits, contiguous and strided columns, one thread and two. The gradient of gate may differ by the number of steps
+stated in docs/numerics.md, once in 10,000 elements at most. float32 must be within the project's tolerance.
 
 The rest of the extension, which needs Python, is compiled only.
 """
@@ -38,7 +38,7 @@ FAMILY = {
     "GPT-OSS": GLUParams(alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0),
     "limits everywhere": GLUParams(power=2, gate_limit=6.5, act_limit=3.0, up_limit=2.0),
 }
-# Steps of the dtype by which the gradient of gate may be off.
+# Steps of the dtype by which the gradient of gate may differ.
 STEPS = {SILU: 1, SWIGLU: 4}
 # (threads, column stride)
 WAYS = ((1, 1), (2, 1), (1, 2))
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def compiled(folder: Path) -> str:
-    """The driver with the loops in it; what needs Python is compiled on the way."""
+    """Compiles the driver with the loops, and also the sources that need Python; returns the driver's path."""
     sources = set(CSRC.glob("*.c"))
     python_headers = [file.name for file in CSRC.glob("*.h") if "Python.h" in file.read_text()]
     needs_python = sorted(file for file in sources if any(name in file.read_text() for name in python_headers))
@@ -73,7 +73,7 @@ def compiled(folder: Path) -> str:
     driver, own = folder / "driver", Path(__file__).with_name("driver.c")
     subprocess.run([COMPILER, *FLAGS, f"-I{CSRC}", own, *loops, "-lm", "-o", driver], check=True)
     for file in needs_python:
-        # Python's headers are those of this machine: right in what the stable interface uses of them.
+        # Python's headers are those of this machine: correct in the parts that the stable interface uses.
         headers = sysconfig.get_path("include")
         subprocess.run([COMPILER, *FLAGS, "-c", "-fPIC", f"-I{headers}", file, "-o", folder / "unused.o"], check=True)
     print("run:          ", *(file.name for file in loops))
@@ -82,7 +82,7 @@ def compiled(folder: Path) -> str:
 
 
 def compare(driver: str, dtype: torch.dtype, name: str, params: GLUParams, has_up: bool) -> list[str]:
-    """What is wrong with the product and its gradients in one dtype, for one member of the family."""
+    """The faults of the product and its gradients in one dtype, for one member of the family."""
     gate, up, grad = inputs(dtype)
     given = [gate, up] if has_up else [gate]
     expected = plain(given, grad, params)
@@ -97,12 +97,12 @@ def compare(driver: str, dtype: torch.dtype, name: str, params: GLUParams, has_u
             if fault is not None:
                 faults.append(f"{what}, {kind}, {threads} threads, stride {stride}: {fault}")
     counts = [f"{kind} {unequal(*pair).sum():,}" for kind, *pair in zip(names, found, expected)]
-    print(f"{what}: {gate.numel():,} elements; of other bits: {', '.join(counts)}", flush=True)
+    print(f"{what}: {gate.numel():,} elements; with different bits: {', '.join(counts)}", flush=True)
     return faults
 
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """gate, up and the gradient of their product; rows of an odd length, so that the last vector is not whole."""
+    """gate, up and the gradient of their product; rows of an odd length, so that the last vector is partial."""
     generator = torch.Generator().manual_seed(0)
     if dtype is torch.float32:
         gate = torch.randn(61, 4099, generator=generator) * 6
@@ -123,7 +123,7 @@ def plain(given: list[Tensor], grad: Tensor, params: GLUParams) -> list[Tensor]:
 def emulated(
     driver: str, given: list[Tensor], grad: Tensor, params: GLUParams, threads: int, stride: int
 ) -> list[Tensor]:
-    """The product and its gradients, by the other processor."""
+    """The product and its gradients, from the emulated processor."""
     gate, has_up = given[0], len(given) == 2
     # As csrc/module.c prepares them.
     limits = [in_dtype(limit, gate.dtype) for limit in (params.gate_limit, params.act_limit, params.up_limit)]
@@ -168,11 +168,11 @@ def why_wrong(kind: str, mine: Tensor, expected: Tensor, exact: Tensor, params: 
     count = int(differing.sum())
     if count == 0:
         return None
-    said = f"{count:,} of {mine.numel():,} differ in their bits"
+    fault = f"{count:,} of {mine.numel():,} differ in their bits"
     if kind != "grad_gate" or params not in STEPS:
-        return said
+        return fault
     steps = steps_apart(mine[differing], expected[differing])
-    return said if steps > STEPS[params] or count > mine.numel() * 1e-4 else None
+    return fault if steps > STEPS[params] or count > mine.numel() * 1e-4 else None
 
 
 def steps_apart(mine: Tensor, expected: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Lists every gated MLP of the installed transformers, and what `patch_model` does with it: docs/model-support.md.
+"""Lists every gated MLP of the installed transformers, with the result of `patch_model`: docs/model-support.md.
 
 activation_names.py, dataflow.py,
 source_scan.py                       the gated products in the source text of the modeling files

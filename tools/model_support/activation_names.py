@@ -20,7 +20,7 @@ _NOT_ACTIVATION = re.compile(r"(get_(?!activation)|set_|update_|init_|is_|num_|l
 class Scope:
     """The callables that apply an activation, and the functions that contain a whole product."""
 
-    # As written -> the activation behind it.
+    # The callable as written -> its activation.
     callables: dict[str, str] = field(default_factory=dict)
     # Function -> the activation of its product.
     gated_functions: dict[str, str] = field(default_factory=dict)
@@ -70,7 +70,7 @@ def text_of(node: ast.AST) -> str:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.stmt]:
-    """All statements inside, however deep; expressions, most of a tree, are skipped."""
+    """All statements inside, at any depth; expressions, most of a tree, are skipped."""
     for block in ("body", "orelse", "finalbody", "handlers"):
         for statement in getattr(node, block, ()):
             yield statement

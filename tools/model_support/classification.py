@@ -1,4 +1,4 @@
-"""Classifies every class of the source scan by what `patch_model` does with it."""
+"""Classifies every class of the source scan by the result of `patch_model`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tools.model_support.not_mlp_gates import why_not_mlp_gate
 from tools.model_support.page import DECLINED, FAILED, FUSED, NO_GATE, OTHER, ClassStatus, ModelSupport
 from tools.model_support.source_scan import ScannedClass, scan
 
-# The gated linear unit of Dauphin et al. (2016), which PyTorch has as one function.
+# The gated linear unit of Dauphin et al. (2016), in PyTorch one function.
 _GLU = "sigmoid (GLU)"
 
 
 def classify_installed_transformers() -> ModelSupport:
-    """Scans, builds and compares everything in the installed transformers; a minute or two.
+    """Scans, builds and compares all classes of the installed transformers; takes a minute or two.
 
     Example:
         >>> from tools.model_support.classification import classify_installed_transformers
@@ -44,7 +44,7 @@ def _without_warnings_and_threads() -> Iterator[None]:
     verbosity, threads, collecting = transformers.logging.get_verbosity(), torch.get_num_threads(), gc.isenabled()
     # The comparisons are small: starting a second thread takes longer than its part of the work.
     torch.set_num_threads(1)
-    # Syntax trees and models are many objects, all of which stay in use: collection halves the speed of the scan.
+    # Syntax trees and models are many objects that all stay in use: garbage collection halves the speed of the scan.
     gc.disable()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:
@@ -136,13 +136,13 @@ def _compared(instance: Instance, no_gate: str | None) -> tuple[str, str]:
     try:
         difference = why_different(instance)
     except NoComparison as reason:
-        # For instance a mixer that contains a small gated MLP, on a path that only a GPU takes.
+        # For instance a mixer that contains a small gated MLP, on a path that runs only on a GPU.
         return (FAILED, str(reason)) if no_gate is None else (NO_GATE, no_gate)
     return (FUSED, "") if difference is None else (FAILED, difference)
 
 
 def _kind(entry: ScannedClass, result: Found | None) -> str:
-    """The layout of gate and up: from recognition if it found them, and else from the source."""
+    """The layout of gate and up: from recognition if it found them, else from the source."""
     if result is not None:
         return result.kind
     if entry.name.endswith("Experts"):
@@ -165,7 +165,7 @@ def _is_silu(activation: str) -> bool:
 
 
 def _name(activation: str, instance: Instance | None) -> str:
-    """`self.act_fn` -> the class or function behind it; anything else as written, without its module."""
+    """The name of the class or function of `self.act_fn`; other activations as written, without their module."""
     written = activation.removeprefix("self.")
     if written == activation or instance is None:
         name = activation if "[" in activation else activation.split(".")[-1]

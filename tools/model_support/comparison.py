@@ -29,7 +29,7 @@ class NoComparison(Exception):
 
 
 def why_different(instance: Instance) -> str | None:
-    """How the class's fused outputs or gradients differ from eager's by more than the tolerance; None if they agree.
+    """How the class's fused outputs or gradients differ from eager's by more than the tolerance; None if they do not.
 
     The error against float64 may be 1.5 times that of eager PyTorch in the same dtype, + 1e-6.
 
@@ -58,10 +58,10 @@ def why_different(instance: Instance) -> str | None:
 
 
 def _why_worse(fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> str | None:
-    """One error for all that the module computes: the norm of the relative errors of its tensors.
+    """Compares one error for all outputs and gradients of the module: the norm of their relative errors.
 
-    Not one tensor at a time: the gradient of a single number, a scale of the output, has over 1.5 times eager's error
-    with 24 of 100 seeds, and less than 1 / 1.5 of it with 24 (float32, Inkling's MLP).
+    Not one tensor at a time: the gradient of a scalar, a scale of the output, has over 1.5 times eager's error with 24
+    of 100 seeds, and less than 1 / 1.5 of it with 24 (float32, Inkling's MLP).
     """
     names = [name for name, tensor in exact.items() if tensor.count_nonzero()]
 
@@ -122,7 +122,7 @@ def _small(name: str, value: object) -> object:
 
 
 def _inputs(module: nn.Module) -> list[Tensor]:
-    """Inputs that the module's forward takes, found by trying possible widths and ranks."""
+    """Inputs that the module's forward accepts, found by trying possible widths and ranks."""
     errors = []
     for width in dict.fromkeys(_widths(module)):
         for shape in (

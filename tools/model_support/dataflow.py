@@ -100,7 +100,7 @@ def _functions(cls: ast.ClassDef) -> Iterable[ast.FunctionDef]:
 
 
 class _Method(ast.NodeVisitor):
-    """One function, statement by statement: which names hold an activated tensor, and where one is multiplied."""
+    """One function, statement by statement: the names of activated tensors, and the products of one."""
 
     def __init__(self, name: str, scope: Scope):
         self.name = name
@@ -138,7 +138,7 @@ class _Method(ast.NodeVisitor):
         activation = self.scope.names_activation(node.iter) if isinstance(node.iter, ast.Attribute) else None
         if activation and isinstance(node.target, ast.Name):
             self.scope.callables[node.target.id] = activation
-        # The outermost loop twice, for values that one iteration leaves to the next.
+        # The body of the outermost loop is read twice, for values that one iteration passes to the next.
         turns = 1 if self.looping else 2
         self.looping = True
         self._statements(node.body * turns)
@@ -205,7 +205,7 @@ class _Method(ast.NodeVisitor):
         return self._first([*([node.func.value] if is_method else []), *lists])
 
     def _as_written(self, function: ast.expr, activation: str) -> str:
-        # An attribute can be looked up on an instance; a local name is replaced by the activation it holds.
+        # An attribute can be looked up on an instance; a local name is replaced by its activation.
         text = text_of(function)
         return text if text.startswith("self.") else activation
 
@@ -215,8 +215,8 @@ class _Method(ast.NodeVisitor):
     def _assign(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(target, ast.Tuple | ast.List):
             values = value.elts if isinstance(value, ast.Tuple | ast.List) else [value] * len(target.elts)
-            for one, its in zip(target.elts, values, strict=False):
-                self._assign(one, its)
+            for one, part in zip(target.elts, values, strict=False):
+                self._assign(one, part)
             return
         name = text_of(target.value if isinstance(target, ast.Subscript) else target)
         held = self.activated(value)

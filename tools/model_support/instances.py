@@ -1,4 +1,5 @@
-"""Builds every model type of the installed transformers small, on the meta device; keeps one instance of each class."""
+"""Builds a small model of every model type of the installed transformers, on the meta device, and keeps one instance of
+each class."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class Instance:
 
 @dataclass
 class Instances:
-    """An instance of every class that some model was built with."""
+    """An instance of every class in the models that were built."""
 
     model_types: int
     by_class: dict[type[nn.Module], Instance] = field(default_factory=dict)
@@ -59,21 +60,21 @@ def import_modeling_files() -> dict[str, str]:
 
 
 def build_instances(wanted: Iterable[type[nn.Module]]) -> Instances:
-    """Builds each model type once; for `wanted` classes that are in none, other models, or the class by itself."""
+    """Builds each model type once; for `wanted` classes in none of them, other models, or the class alone."""
     instances = Instances(len(CONFIG_MAPPING_NAMES))
     wanted = set(wanted)
     with _recorded(wanted) as begun:
         for model_type in CONFIG_MAPPING_NAMES:
-            reason = _why_not(functools.partial(_build_type, instances, model_type))
+            reason = _build_failure(functools.partial(_build_type, instances, model_type))
             if reason is not None:
                 instances.unbuilt_types[model_type] = reason
         for model in _other_models(wanted, instances):
-            _why_not(functools.partial(_build, instances, model))
+            _build_failure(functools.partial(_build, instances, model))
         # Some models fail after their parts are built: because of few layers, or when their weights are tied.
         for cls in begun.keys() - instances.by_class.keys():
             instances.keep(begun[cls])
         for cls in sorted(wanted - instances.by_class.keys(), key=lambda cls: (cls.__module__, cls.__name__)):
-            _why_not(functools.partial(_build_alone, instances, cls))
+            _build_failure(functools.partial(_build_alone, instances, cls))
     return instances
 
 
@@ -105,7 +106,7 @@ def _recording(cls: type[nn.Module], original, begun: dict[type[nn.Module], nn.M
     return __init__
 
 
-def _why_not(build: Callable[[], None]) -> str | None:
+def _build_failure(build: Callable[[], None]) -> str | None:
     """Builds; returns the reason if that fails, because one model that cannot be built here must not end the run."""
     try:
         build()
@@ -161,7 +162,7 @@ def _build(instances: Instances, cls: type[PreTrainedModel]) -> None:
 
 
 def _build_alone(instances: Instances, cls: type[nn.Module]) -> None:
-    """An instance by itself, of a class that no model is built with by default."""
+    """Builds an instance alone, of a class that no default model contains."""
     errors = []
     for config in _configs_for(cls):
         try:
@@ -182,11 +183,11 @@ def _configs_for(cls: type[nn.Module]) -> Iterator[object]:
         try:
             config = small_config(config_class)
         except Exception:
-            # Some need a library that is not installed, or have no default.
+            # Some configs need a library that is not installed, or have no default.
             continue
         yield config
         yield from (value for value in vars(config).values() if isinstance(value, PreTrainedConfig))
-    # For classes that transformers defines and never uses: they are copies of LLaMA's.
+    # For unused classes of transformers, which are copies of LLaMA's.
     yield LlamaConfig()
 
 
@@ -218,7 +219,7 @@ _SYNONYMS = {
 
 @contextlib.contextmanager
 def _meta() -> Iterator[None]:
-    # Some models read values of a linspace while they are built; this context of transformers makes that safe.
+    # Some constructors read values of a linspace; this context of transformers supports that on the meta device.
     safe = getattr(initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)
     with torch.device("meta"), safe(), initialization.no_init_weights():
         yield

@@ -1,7 +1,7 @@
 """Products of the source scan that are not the gate of an MLP. A class has no gate if rules match all of its products.
 
-The rules match text: the class's name, the activation, and the product. They apply to classes in which no
-fused gate was found, and each names what its products are instead.
+The rules match text: the class's name, the activation, and the product. They apply to classes without a fused gate, and
+each rule names the kind of its products.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tools.model_support.dataflow import Product
 
 _ANY = r"[\s\S]*"
-# Activations with bounded or positive values. Gates of MLPs have them too, so no rule consists of this alone.
+# Activations with bounded or positive values. Gates of MLPs use them too, so no rule consists of this alone.
 _SQUASHES = r".*(sigmoid|tanh|softplus|Sigmoid|Tanh|Softplus)"
 
 
@@ -64,7 +64,7 @@ RULES = (
     Rule("a training loss or a matching cost", r"\w*(Loss|Matcher)"),
     Rule("boxes, masks, positions or scores of detected objects",
          r"(\w*Detr|Sam|EdgeTam|PPDocLayout)\w*(Model|Decoder|Encoder|Fusion)", r".*(sigmoid|relu|ref_point_head)"),
-    Rule("a quantisation step, which hands on an activation and its scale", r"IBert\w+"),
+    Rule("a quantisation step, which returns an activation and its scale", r"IBert\w+"),
     Rule("a gate over time of a recurrent or autoregressive cell", r"xLSTMLayer|VitsWaveNet|UnivNetLvc\w+"),
     Rule("an index score, summed over heads", r"\w*Indexer(Scorer)?", r".*relu"),
     Rule("an activation's own forward and backward", r"GeLUFunction"),
@@ -72,6 +72,6 @@ RULES = (
 
 
 def why_not_mlp_gate(cls: str, products: Sequence[Product]) -> str | None:
-    """What the class's products are, if none of them is the gate of an MLP; None otherwise."""
+    """The kinds of the class's products, if none of them is the gate of an MLP; None otherwise."""
     reasons = [next((rule.reason for rule in RULES if rule.holds(cls, product)), None) for product in products]
     return None if None in reasons else "; ".join(dict.fromkeys(filter(None, reasons)))

@@ -72,7 +72,7 @@ class ModelSupport:
         return sum(row.status == FUSED for row in gated) / len(gated)
 
     def to_markdown(self) -> str:
-        """The text of docs/model-support.md."""
+        """The Markdown text of docs/model-support.md."""
         parts = [_INTRODUCTION, _totals(self)]
         for status, title in _SECTIONS.items():
             rows = [row for row in self.rows if row.status == status]

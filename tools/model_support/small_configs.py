@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 
 from transformers import PretrainedConfig
 
-# Counts of repeated parts. Four layers include most of the kinds of layers that hybrid models alternate.
+# Counts of repeated parts. Four layers include most of the layer types that hybrid models alternate.
 _FEW = {
     **dict.fromkeys(
         (
@@ -23,7 +23,7 @@ _FEW = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
 }  # fmt: skip
-# Parts that the default config leaves unset or switched off, and settings that few layers make impossible.
+# Parts that the default config leaves unset or disables, and settings that are invalid with few layers.
 _OVERRIDES: dict[str, dict[str, object]] = {
     "diffusion_gemma_text": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 512},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -39,19 +39,19 @@ _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_la
 
 
 def small_config(cls: type[PretrainedConfig]) -> PretrainedConfig:
-    """A config of this class with few layers; the default one where the class takes no smaller."""
+    """A config of this class with few layers; the default config where the class accepts no smaller one."""
     default = cls()
     try:
         small = cls(**_arguments(default, {}))
     except Exception:
-        # Configs raise any exception in their own checks; a large model builds as well, only slower.
+        # Configs may raise any exception in their own checks; a large model can be built too, only slower.
         return default
     # Composite configs of older releases omit a part that is given as a config.
     return small if vars(small).keys() >= vars(default).keys() else default
 
 
 def _arguments(config: PretrainedConfig, changed: dict[str, object]) -> dict[str, object]:
-    """Arguments of the config's class for a config like this one, but with few layers."""
+    """Constructor arguments for a config like this one, but with few layers."""
     changed |= _OVERRIDES.get(config.model_type, {})
     declared = _declared(type(config))
     values = {name: vars(config)[name] for name in declared if name in vars(config)}
@@ -70,7 +70,7 @@ def _arguments(config: PretrainedConfig, changed: dict[str, object]) -> dict[str
 
 
 def _differences(config: PretrainedConfig) -> dict[str, object]:
-    """The fields that a composite model's config sets differently from the part's own defaults."""
+    """The fields in which a part of a composite config differs from the defaults of its class."""
     default = type(config)()
     ours, theirs = vars(config), vars(default)
     return {name: ours[name] for name in _declared(type(config)) if name in ours and ours[name] != theirs.get(name)}
@@ -85,6 +85,6 @@ def _declared(cls: type[PretrainedConfig]) -> dict[str, object]:
 
 
 def _each_kind(values: list, count: int) -> list:
-    """`count` of the values, with every kind of value among them where they fit."""
+    """`count` of the values, with every distinct value among them if there are no more than that."""
     kinds = [value for index, value in enumerate(values) if value not in values[:index]][:count]
     return [*kinds, *values[: count - len(kinds)]]

@@ -1,8 +1,8 @@
 """The source scan: every class of the installed transformers that multiplies an activated tensor by another.
 
-It reads the text of `modeling_*.py` and imports nothing, so it is independent of recognition. It finds too much rather
-than too little: an activation is anything with such a name or built from one, and the other factor anything but a
-number. `not_mlp_gates` then sorts out products that belong to no MLP.
+It reads the text of `modeling_*.py` and imports nothing, so it is independent of recognition. It is deliberately
+over-inclusive: an activation is any callable with such a name or built from one, and the other factor any expression
+but a number. `not_mlp_gates` then excludes products that belong to no MLP.
 """
 
 from __future__ import annotations

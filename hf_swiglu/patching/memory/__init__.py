@@ -1,8 +1,8 @@
-"""What a module keeps for backward, and how many rows of it exist at a time.
+"""The tensors that a module keeps for backward, and the number of rows of them that exist at a time.
 
-settings, planning        keep and tile, and which of them a module can have
-recompute, composites     keep=2: the product is computed again; down projections with dropout inside
+settings, planning        keep and tile, and the setting that applies to a module
+recompute, composites     keep=2: the product is computed again; down projections that contain dropout
 forwards, regions         keep=0, keep=1 and tiles: at a call, and in backward
 compiled                  the same under torch.compile
-rowwise, scopes, operators, children      whether rows are independent, shown from a forward's source
+rowwise, scopes, operators, children      whether rows are independent, proved from a forward's source
 """

@@ -1,4 +1,4 @@
-"""What is known of the modules that a gated MLP calls: whether they treat rows apart, may run again, communicate."""
+"""Properties of the modules that a gated MLP calls: are rows independent, calls repeatable, weights gathered?"""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from hf_swiglu.patching.activations import ACTIVATION_CLASSES, has_no_hooks
-from hf_swiglu.patching.memory.recompute import comes_from_trusted
+from hf_swiglu.patching.memory.recompute import is_from_trusted_library
 
 _ELEMENTWISE = (ACTIVATION_CLASSES - {nn.PReLU}) | {
     nn.SiLU, nn.GELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.Tanh, nn.Mish,
     nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.LogSigmoid, nn.Identity, nn.Dropout,
 }  # fmt: skip
 _NORMS = tuple(getattr(nn, name) for name in ("LayerNorm", "RMSNorm") if hasattr(nn, name))
-# Integer weights, turned back into floats at every call. bitsandbytes' Linear8bitLt looks at whole columns.
+# Integer weights, dequantised at every call. bitsandbytes' Linear8bitLt reads whole columns of its input.
 _QUANTISED = {("bitsandbytes.nn.modules", "Linear4bit")}
 _ADAPTED = {("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.bnb", "Linear4bit")}
-# Their hooks move or gather weights. PEFT's may hand on one adapter's name for each sequence.
+# Their hooks move or gather weights. PEFT's may pass one adapter's name for each sequence.
 _HARMLESS_HOOKS = ("accelerate.", "torch.distributed.", "deepspeed.")
 
 
 def not_rowwise(child: nn.Module) -> str | None:
-    """Why a call of `child` may look at several rows at once; "" where it acts on the last dimension alone, and None
-    where its class is not known."""
+    """Why a row of `child`'s output may depend on several rows of its input; "" where `child` acts on the last
+    dimension alone, and None where its class is unknown."""
     cls = type(child)
-    if not comes_from_trusted(cls.forward) or not comes_from_trusted(cls.__call__):
+    if not is_from_trusted_library(cls.forward) or not is_from_trusted_library(cls.__call__):
         return None
     name = (cls.__module__, cls.__name__)
     if cls in _ELEMENTWISE:
         return ""
     if cls in _NORMS:
-        return "" if len(child.normalized_shape) == 1 else f"its {cls.__name__} takes in more than the last dimension"  # type: ignore[arg-type]
+        return "" if len(child.normalized_shape) == 1 else f"its {cls.__name__} normalises more than the last dimension"  # type: ignore[arg-type]
     if cls is nn.Linear:
         return "" if is_ordinary_weight(child.weight) else f"a weight of it is a {type(child.weight).__name__}"
     if name in _QUANTISED:
@@ -39,19 +39,21 @@ def not_rowwise(child: nn.Module) -> str | None:
     return _adapters(child) if name in _ADAPTED else None
 
 
-def hooks_of_others(child: nn.Module) -> str:
-    """Which hooks see a call of `child`, or of a module in it, that do more than move or gather weights; "" if none."""
+def user_hooks(child: nn.Module) -> str:
+    """Which module in `child`, itself included, has hooks that do more than move or gather weights; "" if none."""
     for each in child.modules():
         hook = vars(each).get("_hf_hook")
         wrapped = [inner for inner in (hook, *getattr(hook, "hooks", ())) if inner is not None]
-        if not has_no_hooks(vars(each), _is_harmless) or not all(comes_from_trusted(type(inner)) for inner in wrapped):
+        if not has_no_hooks(vars(each), _is_harmless) or not all(
+            is_from_trusted_library(type(inner)) for inner in wrapped
+        ):
             return f"a {type(each).__name__} in it has hooks"
     return ""
 
 
-def has_usual_forward(child: nn.Module) -> bool:
-    """Whether no forward of a user's own hides the class's, in `child` and in what is in it."""
-    return all(comes_from_trusted(vars(each).get("forward", nn.Module.__call__)) for each in child.modules())
+def has_trusted_forward(child: nn.Module) -> bool:
+    """Whether no user-defined forward on an instance replaces the class's, in `child` and in the modules in it."""
+    return all(is_from_trusted_library(vars(each).get("forward", nn.Module.__call__)) for each in child.modules())
 
 
 def _adapters(child: nn.Module) -> str:
@@ -68,15 +70,15 @@ def _adapters(child: nn.Module) -> str:
 
 
 def is_ordinary_weight(weight: object) -> bool:
-    """Whether a weight is a plain tensor, or one that is sharded by rows or columns; quantising ones may look at all
-    rows of the input."""
+    """Whether a weight is a plain tensor, or one that is sharded by rows or columns; a quantised one may make the
+    result depend on all rows of the input."""
     return type(weight) in (Tensor, nn.Parameter) or type(weight).__name__ == "DTensor"
 
 
 def may_run_again(child: nn.Module) -> bool:
-    """Whether a second call of `child` computes the same and leaves nothing behind, as far as its class tells."""
+    """Whether a second call of `child` computes the same without side effects, judged by the classes in it."""
     return all(
-        comes_from_trusted(type(each).forward)
+        is_from_trusted_library(type(each).forward)
         and not getattr(each, "track_running_stats", False)
         and not getattr(each, "inplace", False)
         for each in child.modules()

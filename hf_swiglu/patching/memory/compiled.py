@@ -1,7 +1,7 @@
-"""keep=0 to 2 under torch.compile: the class's own forward, with a policy for what the compiler's partitioner keeps.
+"""keep=0 to 2 under torch.compile: the class's own forward, with a policy for the tensors that the partitioner keeps.
 
-Inductor's partitioner keeps gate, up and the product. PyTorch's checkpointing is known to it: under a policy that saves
-the results of matrix products, gate and up are kept; without a policy, the module's input alone.
+Inductor's partitioner keeps gate, up and the product. It applies PyTorch's checkpointing: under a policy that saves the
+results of matrix products, gate and up are kept; without a policy, only the module's input.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _keeps_two = functools.partial(create_selective_checkpoint_contexts, save_matrix
 
 
 def caller(memory: Memory) -> Callable[..., Any]:
-    """What calls the class's own forward in place of the rewritten one."""
+    """The function that calls the class's own forward in place of the rewritten one."""
     if not memory.repeats or memory.keep == 3:
         return call
     return _call_keeping_two if memory.keep == 2 else _call_keeping_none

@@ -1,4 +1,4 @@
-"""Down projections with dropout inside, LoRA's: mask and dropped product are computed again in backward.
+"""Down projections that contain dropout, such as LoRA's: backward computes the mask and the dropped product again.
 
 They run under PyTorch's non-reentrant checkpointing, which draws the same mask again. The results of their matrix
 products are kept, so that none of those runs again: they are as wide as the module's output, or narrower. PyTorch's
@@ -27,7 +27,7 @@ def call(down: nn.Module, product: Tensor) -> Tensor:
 
 
 def drops(module: nn.Module) -> bool:
-    """Whether a dropout inside is active."""
+    """Whether the module contains an active dropout."""
     if not module._modules:
         return False
     return any(isinstance(each, _DROPOUTS) and each.training and each.p > 0 for each in module.modules())
@@ -48,13 +48,13 @@ class _Keeping(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
         if operator.overloadpacket in _MATRIX_PRODUCTS:
-            # Autograd will make `out` itself a part of its graph.
+            # Autograd makes `out` itself a part of its graph.
             self._results.append((out.detach(), out._version))
         return out
 
 
 class _Reusing(TorchDispatchMode):
-    """Hands them out again in their order, but for those that were written to since."""
+    """Returns the kept results in order, but for those that have been written to since."""
 
     def __init__(self, results: list[tuple[Tensor, int]]):
         super().__init__()
@@ -73,5 +73,5 @@ class _Reusing(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-# Both see matrix products only while a down projection is called, and change nothing.
+# Both observe operators only during the call of a down projection, and change no tensor.
 _compat.passive_modes.update((_Keeping, _Reusing))

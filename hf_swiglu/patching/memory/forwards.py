@@ -1,7 +1,7 @@
 """The forward of modules with keep=0 or keep=1, or with a tile, around the rewritten one.
 
-What is done is decided at every call: whether gradients are needed, how many rows there are, and whether the module, as
-it is now, may be run again in backward or on a part of its rows.
+Each call decides by three conditions: whether gradients are needed, the number of rows, and whether the module, in its
+present state, may run again in backward or on a part of its rows.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from hf_swiglu.interception import is_tracing, is_transformed
 from hf_swiglu.patching.memory import children, compiled, regions, rowwise
 from hf_swiglu.patching.memory.settings import Memory
 
-# With fewer rows nothing is computed again.
+# With fewer rows there is no recomputation.
 SMALLEST_RECOMPUTED = 32
 
 
 def outer(rewritten: object, original: type[nn.Module], memory: Memory) -> Callable[..., Any]:
-    """A forward that calls `rewritten`, or what `original` has for a forward where none of it is rewritten."""
+    """A forward that calls `rewritten`, or the forward of `original` where it is not rewritten."""
     call_compiled = compiled.caller(memory)
     code = getattr(inspect.unwrap(original.forward), "__code__", None)
     parameter = code.co_varnames[1] if code is not None and code.co_argcount > 1 else ""
@@ -48,7 +48,7 @@ def outer(rewritten: object, original: type[nn.Module], memory: Memory) -> Calla
 
 
 def _input(args: tuple, kwargs: dict[str, Any], parameter: str) -> Tensor | None:
-    """The one tensor that the forward is called with, by its place or its name."""
+    """The single tensor argument of the call, positional or named; None for other arguments."""
     given = (*args, *kwargs.values())
     if len(given) != 1 or not kwargs.keys() <= {parameter}:
         return None
@@ -57,9 +57,9 @@ def _input(args: tuple, kwargs: dict[str, Any], parameter: str) -> Tensor | None
 
 
 def _is_ordinary() -> bool:
-    """Whether nothing is active that sees each operator or forbids hooks: there the forward runs as it is."""
+    """Whether no mode, transform or tracer is active and saved-tensor hooks are allowed; else `inner` runs directly."""
     return (
-        _compat.can_step_outside_hooks
+        _compat.can_suspend_hooks
         and _compat.can_pack_saved_tensors()
         and not _compat.is_any_mode_active()
         and not is_transformed()
@@ -86,7 +86,7 @@ def _without_gradients(inner: Callable, module: nn.Module, x: Tensor, original: 
 
 
 def _with_gradients(inner: Callable, module: nn.Module, x: Tensor, original: type, memory: Memory) -> Tensor:
-    # Where the projections communicate, every process has to call them equally often, whatever its number of rows.
+    # Where the projections communicate, all processes must call them equally often, for any number of rows.
     if _rows(x) < SMALLEST_RECOMPUTED and not children.communicates(module):
         return inner(module, x)
     shown = rowwise.shown(module, original)

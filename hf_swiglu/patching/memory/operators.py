@@ -1,4 +1,4 @@
-"""What single operators do with the rows of a tensor: those that a forward may call and still be shown row by row."""
+"""The operators that a forward with independent rows may call, by how they treat the rows of a tensor."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Every element by itself, or together with those of the same place in the other arguments.
+# Each element of the result depends on the elements at the same index in the arguments.
 ELEMENTWISE = "elementwise"
-# Only the first argument is a tensor, and each element of the result is made from the same place in it.
+# Only the first argument is a tensor; each element of the result depends on the element at the same index in it.
 OF_ROWS_ALONE = "of rows alone"
-# Along a dimension that is to be the last.
+# Along one dimension, which must be the last.
 REDUCTIONS, SPLITS = "reductions", "splits"
 # Over the last dimension, with weights.
 LINEAR = "linear"
@@ -36,10 +36,10 @@ METHODS: dict[str, str] = {
     **dict.fromkeys(("chunk", "split"), SPLITS),
 }
 
-# Methods of a tensor that no input goes into, a weight for instance, that write to nothing.
+# Methods without side effects of a tensor that does not depend on the input, such as a weight.
 OF_WEIGHTS = {*METHODS, "max", "min", "t", "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand"}
 
-# Only what is PyTorch's own at import is meant: a function that was put in its place is not in these.
+# PyTorch's own functions at import; a function that replaces one later is not in this table.
 FUNCTIONS: dict[Any, str] = {
     **{getattr(torch, name): ELEMENTWISE for name in _ARITHMETIC if hasattr(torch, name)},
     **{getattr(torch, name): REDUCTIONS for name in _OVER_LAST},
@@ -52,5 +52,5 @@ FUNCTIONS: dict[Any, str] = {
 
 
 def acts_on_last_dimension(value: Any) -> bool:
-    """Whether a value that no input went into changes each row alike where it is broadcast: a number, a vector."""
+    """Whether a value that does not depend on the input, broadcast, is the same for each row: a number, a vector."""
     return isinstance(value, (int, float, torch.dtype)) or (isinstance(value, Tensor) and value.dim() <= 1)

@@ -1,8 +1,8 @@
 """Two buffers for backward, not three: the down projection's saved input is computed again from gate and up.
 
-The product saves gate and up. The projection after it would save the product as well; while it runs, autograd is told
-to pack that tensor as "what the product's node computes". Whatever else the projection saves is left alone. That holds
-only if the projection saves the product as it was: see `leaves_its_input_alone`.
+The product's node saves gate and up. The projection after it would save the product as well; while it runs, a
+saved-tensor hook packs that tensor as a recomputation by the product's node. The projection's other saved tensors are
+unchanged. This is correct only if the projection does not write to the product: see `never_writes_input`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from hf_swiglu import _compat, autograd
 from hf_swiglu.patching.activations import has_no_hooks
 from hf_swiglu.patching.memory import composites
 
-# Where the forwards of projections come from that read their input and write to none of it; their hooks see to weights
-# and devices. Of other code that is not known: it may write through `.data`, which autograd does not notice.
+# Libraries whose projections read their input and never write to it, and whose hooks act on weights and devices only.
+# Other code may write through `.data`, which autograd does not detect.
 _TRUSTED = (
     "torch.nn.", "torch.ao.", "torch.distributed.", "transformers.", "peft.", "accelerate.", "deepspeed.",
     "bitsandbytes.", "torchao.", "optimum.", "torch.utils.module_tracker.",
@@ -28,7 +28,7 @@ _linear = F.linear
 
 
 def project(down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:
-    """`down(product)`, where the graph keeps no `product` if it can compute it again."""
+    """`down(product)`; the graph does not keep `product` if it can compute it again."""
     if not is_grad_enabled() or type(product) is not Tensor:
         return down(product)
     node = product.grad_fn
@@ -39,87 +39,87 @@ def project(down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:
         or not isinstance(down, nn.Module)
         or not _compat.can_pack_saved_tensors()
         or _compat.is_any_mode_active()
-        or not leaves_its_input_alone(down)
+        or not never_writes_input(down)
     ):
         return down(product)
-    return call_with_packed(down, product, _OfNode(node))
+    return call_with_packed(down, product, _NodeProduct(node))
 
 
-class _OfNode:
-    """The product that its node in the graph computes again."""
+class _NodeProduct:
+    """A product that its node in the graph computes again."""
 
     def __init__(self, node):
         self._node = node
-        # Only the innermost hooks apply: with none, the node's saved tensors are at hand.
+        # Only the innermost hooks apply: with none, the node's saved tensors can be read directly.
         self._holds_tensors = _compat.saved_tensors_default_hooks() is None
 
-    def one_more(self) -> Callable[[], Tensor]:
-        """For one saved tensor: the function that computes it."""
+    def recomputation(self) -> Callable[[], Tensor]:
+        """The function that computes the product for one saved tensor."""
         return autograd.recomputation(self._node, holds_tensors=self._holds_tensors)
 
 
-def call_with_packed(down: nn.Module, product: Tensor, again: Any) -> Tensor:
-    """`down(product)`, where the graph keeps `again.one_more()` in place of the product."""
-    with torch.autograd.graph.saved_tensors_hooks(*_hooks(product, again)):
+def call_with_packed(down: nn.Module, product: Tensor, recomputable: Any) -> Tensor:
+    """`down(product)`; the graph keeps `recomputable.recomputation()` in place of the product."""
+    with torch.autograd.graph.saved_tensors_hooks(*_hooks(product, recomputable)):
         return composites.call(down, product)
 
 
 def call(down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:
-    """`down(product)`, where the graph keeps what it keeps in eager: in place of `project`."""
+    """`down(product)`; the graph keeps the same tensors as in eager. The replacement of `project` for keep=3."""
     return down(product)
 
 
-def leaves_its_input_alone(module: nn.Module) -> bool:
-    """Whether all code that a call of the module runs is known not to write to its input."""
-    if is_every_call_watched():
+def never_writes_input(module: nn.Module) -> bool:
+    """Whether a call of the module runs only code that is known not to write to its input."""
+    if is_every_call_intercepted():
         return False
-    # Most have no children, and walking through none takes 2 us.
+    # Most have no children, and `modules()` takes 2 us even then.
     return all(map(_is_trusted, module.modules() if module._modules else (module,)))
 
 
-def is_every_call_watched() -> bool:
-    """Whether code of a user's own sees the calls of every module, or of every linear one."""
+def is_every_call_intercepted() -> bool:
+    """Whether third-party code intercepts the calls of every module, or of every linear one."""
     if F.linear is not _linear or nn.Module.__call__ is not _compat.module_call:
         return True
-    return _compat.has_global_hook() and not all(map(comes_from_trusted, _compat.global_hooks()))
+    return _compat.has_global_hook() and not all(map(is_from_trusted_library, _compat.global_hooks()))
 
 
 def _is_trusted(module: nn.Module) -> bool:
     state, cls = vars(module), type(module)
-    # accelerate's wrapper of forward runs a hook, which may be a user's, or several.
+    # accelerate's wrapper of forward runs one or several hooks, which may be user-defined.
     hook = state.get(_compat.ACCELERATE_HOOK)
     if not all(
-        map(comes_from_trusted, (type(each) for each in (hook, *getattr(hook, "hooks", ())) if each is not None))
+        map(is_from_trusted_library, (type(each) for each in (hook, *getattr(hook, "hooks", ())) if each is not None))
     ):
         return False
-    if "forward" in state and not comes_from_trusted(state["forward"]):
+    if "forward" in state and not is_from_trusted_library(state["forward"]):
         return False
-    if not comes_from_trusted(cls.__call__) or not comes_from_trusted(cls.forward):
+    if not is_from_trusted_library(cls.__call__) or not is_from_trusted_library(cls.forward):
         return False
-    return has_no_hooks(state, comes_from_trusted)
+    return has_no_hooks(state, is_from_trusted_library)
 
 
-def comes_from_trusted(code: Any) -> bool:
-    """Whether a function, a method or a class is of a usual library."""
+def is_from_trusted_library(code: Any) -> bool:
+    """Whether a function, a method or a class is defined in one of the `_TRUSTED` libraries."""
     while hasattr(code, "func"):
         code = code.func
     code = getattr(code, "__func__", code)
-    # Of a function its globals: `functools.wraps` copies `__module__` to a wrapper from elsewhere.
+    # For a function its globals: `functools.wraps` copies `__module__` to wrappers from other modules.
     where = code.__globals__.get("__name__", "") if hasattr(code, "__globals__") else getattr(code, "__module__", None)
     return f"{where}.".startswith(_TRUSTED)
 
 
-def _hooks(product: Tensor, again: Any) -> tuple[Callable, Callable]:
+def _hooks(product: Tensor, recomputable: Any) -> tuple[Callable, Callable]:
     address, version, dtype, shape = product.data_ptr(), product._version, product.dtype, product.shape
-    # Only the innermost hooks apply; what is none of ours goes to the next ones, gradient checkpointing's for instance.
+    # Only the innermost hooks apply; other tensors are passed to the next ones, such as gradient checkpointing's.
     outer = _compat.saved_tensors_default_hooks()
 
     def is_product(tensor: Tensor) -> bool:
-        # A version that moved means that the module wrote into the product before it saved it.
+        # A different version means that the module wrote into the product before it saved it.
         return tensor.data_ptr() == address and tensor.dtype == dtype and tensor._version == version
 
     def recomputed(tensor: Tensor) -> _Recomputed:
-        return _Recomputed(again.one_more(), shape, dtype, tensor)
+        return _Recomputed(recomputable.recomputation(), shape, dtype, tensor)
 
     def pack(tensor: Tensor):
         if _compat.is_wrapper_subclass(tensor):
@@ -142,7 +142,7 @@ def _hooks(product: Tensor, again: Any) -> tuple[Callable, Callable]:
 
 
 class _Recomputed:
-    """A view of the product, as it can be computed again."""
+    """A saved view of the product, with the function that computes the product again."""
 
     def __init__(self, compute: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, tensor: Tensor):
         self._compute, self._shape, self._dtype = compute, shape, dtype

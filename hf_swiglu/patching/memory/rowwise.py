@@ -1,9 +1,9 @@
 """Whether a forward may run again in backward, and on a part of its rows, shown from its source.
 
-The forward of a module that takes one tensor is read statement by statement. Each expression is a tensor of the input's
-rows, or something that is no input's; what names and attributes stand for is looked up in the module as it is now. Rows
-are independent if everything acts on the last dimension alone. A run may be repeated if it writes nothing that outlives
-it. Whatever is not known is not shown.
+"Shown" means proved from the source. The forward of a module that takes one tensor is read statement by statement. Each
+expression is a tensor with the input's rows, or does not depend on the input; the values of names and attributes are
+looked up in the module in its present state. Rows are independent if every operator acts on the last dimension alone. A
+run may be repeated if it has no side effects. Code with unknown effects is not shown.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from hf_swiglu.patching.memory.recompute import is_every_call_watched
+from hf_swiglu.patching.memory.recompute import is_every_call_intercepted
 from hf_swiglu.patching.memory.scopes import ROWS, NotShown, Scope
 from hf_swiglu.patching.recognition.methods import UNKNOWN
 from hf_swiglu.patching.recognition.source import NoSource, method_tree
@@ -25,7 +25,7 @@ _DEPTH = 4
 
 
 class Shown(NamedTuple):
-    """Why it was not shown; both are empty where it was."""
+    """Why a property was not shown; empty where it was."""
 
     not_repeatable: str
     not_rowwise: str
@@ -35,31 +35,31 @@ _trees: weakref.WeakKeyDictionary[types.FunctionType, ast.FunctionDef | str] = w
 
 
 def shown(module: nn.Module, original: type[nn.Module]) -> Shown:
-    """What the source of `original.forward` shows of `module`, as both are now."""
+    """The properties that the source of `original.forward` shows for `module`, in their present state."""
     reading = _Reading()
     try:
         returned = reading.call(original.forward, [module, ROWS], depth=0)
     except NotShown as reason:
         return Shown(str(reason), str(reason))
-    if is_every_call_watched():
-        reading.note("hooks, or functions of others, see every module's calls")
+    if is_every_call_intercepted():
+        reading.note("third-party hooks or functions intercept every module's calls")
     if returned is not ROWS:
-        reading.note("its forward returns something else than one tensor of the input's rows")
+        reading.note("its forward returns something other than one tensor with the input's rows")
     return Shown("", reading.reason)
 
 
 class _Reading:
-    """What is found on the way through a forward and the functions that it calls."""
+    """The reading of a forward and of the functions that it calls."""
 
     def __init__(self) -> None:
         self.reason = ""
 
     def note(self, reason: str) -> None:
-        """Rows are not independent, as far as is known; the run may be repeated all the same."""
+        """Record why rows are not shown to be independent; the run may still be repeated."""
         self.reason = self.reason or reason
 
     def call(self, function: Any, arguments: list, depth: int) -> Any:
-        """What the function returns for these arguments."""
+        """The return value of the function for these arguments."""
         if not isinstance(function, types.FunctionType) or depth > _DEPTH:
             raise NotShown("its forward is not a plain function")
         tree = _tree(function)

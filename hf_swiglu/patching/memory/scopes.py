@@ -1,4 +1,4 @@
-"""One call of a function, read from its source: what its names and expressions stand for. See `rowwise`."""
+"""One call of a function, read from its source: the values of its names and expressions. See `rowwise`."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ _PURE = (int, float, bool, min, max, len, isinstance, getattr, hasattr)
 
 
 class NotShown(Exception):
-    """A run of the forward may leave something behind; the message says what."""
+    """A run of the forward may have side effects; the message states which."""
 
 
 class _Rows:
-    """What an expression stands for, where it is no object that is known."""
+    """The abstract value of an expression that depends on the input, or of an unknown tensor."""
 
     def __init__(self, name: str):
         self.name = name
 
 
 ROWS, CUT, SHAPE = _Rows("rows"), _Rows("several tensors of rows"), _Rows("a shape")
-# A tensor that no input went into, of unknown shape.
+# A tensor of unknown shape that does not depend on the input.
 OTHER = _Rows("another tensor")
 
 
 def _has(values: Any, *markers: _Rows) -> bool:
-    """By identity: what an expression stands for may be a tensor, which compares element by element."""
+    """By identity: the value of an expression may be a tensor, which compares element by element."""
     return any(value is marker for value in values for marker in markers)
 
 
 class Scope:
-    """One call of a function: its names, and what it returns."""
+    """One call of a function: its names, and its return value."""
 
     def __init__(self, reading: Any, function: types.FunctionType, values: dict[str, Any], depth: int):
         self._reading, self._function, self._values, self._depth = reading, function, values, depth
@@ -103,7 +103,7 @@ class Scope:
             raise NotShown(f"its {self._function.__name__} writes to {ast.unparse(target)}")
 
     def value(self, node: ast.expr) -> Any:
-        """What an expression stands for: one of the instances of `_Rows`, an object, or UNKNOWN."""
+        """The value of an expression: an instance of `_Rows`, an object, or UNKNOWN."""
         reader = getattr(self, f"_{type(node).__name__.lower()}", None)
         if reader is None:
             raise NotShown(f"its {self._function.__name__} has an expression of the kind {type(node).__name__}")
@@ -159,7 +159,7 @@ class Scope:
         return body if body is other else UNKNOWN
 
     def _combined(self, *values: Any, matrix: bool = False) -> Any:
-        """What elementwise arithmetic makes of these."""
+        """The value of elementwise arithmetic, or of a matrix product, of these."""
         if _has(values, CUT, SHAPE):
             return self._unclear("arithmetic with a shape or a tuple")
         if not _has(values, ROWS):
@@ -183,7 +183,7 @@ class Scope:
             return ROWS
         if value is SHAPE:
             if ast.unparse(node.slice) != "-1":
-                self._reading.note("its forward looks at the number of rows")
+                self._reading.note("its forward reads the number of rows")
             return UNKNOWN
         if value is not ROWS:
             self.value(node.slice)
@@ -201,7 +201,7 @@ class Scope:
 
     def _call(self, node: ast.Call) -> Any:
         if any(isinstance(part, ast.Starred) for part in node.args) or any(each.arg is None for each in node.keywords):
-            raise NotShown(f"its {self._function.__name__} hands on arguments that it does not name")
+            raise NotShown(f"its {self._function.__name__} passes arguments by * or **")
         arguments = [self.value(argument) for argument in node.args]
         named = {str(keyword.arg): self.value(keyword.value) for keyword in node.keywords}
         if isinstance(node.func, ast.Attribute):
@@ -241,12 +241,12 @@ class Scope:
     def _module(self, child: nn.Module, arguments: list, named: dict) -> Any:
         if len(arguments) != 1 or named:
             raise NotShown(f"its {self._function.__name__} calls a {type(child).__name__} with several arguments")
-        if getattr(child, "inplace", False) or not children.has_usual_forward(child):
-            raise NotShown(f"a {type(child).__name__} in it works in place, or has a forward of its own")
+        if getattr(child, "inplace", False) or not children.has_trusted_forward(child):
+            raise NotShown(f"a {type(child).__name__} in it works in place, or has a user-defined forward")
         reason = children.not_rowwise(child)
         if reason is None:
             reason = self._module_by_source(child, arguments[0])
-        reason = children.hooks_of_others(child) or reason
+        reason = children.user_hooks(child) or reason
         if reason:
             self._reading.note(reason)
         return arguments[0] if isinstance(arguments[0], _Rows) else OTHER
@@ -258,8 +258,10 @@ class Scope:
         except NotShown:
             if not children.may_run_again(child):
                 raise
-            return f"a {type(child).__name__} in it is not known to treat rows apart"
-        return inner.reason if returned is argument else f"a {type(child).__name__} in it returns something else"
+            return f"a {type(child).__name__} in it is not known to treat rows independently"
+        return (
+            inner.reason if returned is argument else f"a {type(child).__name__} in it does not return its input's rows"
+        )
 
     def _operator(self, table: dict[str, str], name: str, shown_as: str, arguments: list, named: dict) -> Any:
         kind = table.get(name)
@@ -270,14 +272,14 @@ class Scope:
             return OTHER
         if kind == LINEAR:
             if not _has(arguments[:1], ROWS) or _has(values[1:], ROWS, CUT, SHAPE):
-                return self._unclear("a matrix product of two tensors that the input goes into")
+                return self._unclear("a matrix product of two tensors that depend on the input")
             return ROWS
         if kind in (REDUCTIONS, SPLITS):
             at = 1 if kind == REDUCTIONS else 2
             dimension = named.get("dim", arguments[at] if len(arguments) > at else None)
             is_last = type(dimension) is int and dimension == -1
             if not is_last or (kind == REDUCTIONS and named.get("keepdim") is not True):
-                self._reading.note(f"its forward calls {shown_as} along other dimensions than the last")
+                self._reading.note(f"its forward calls {shown_as} along dimensions other than the last")
             return CUT if kind == SPLITS else ROWS
         if kind == OF_ROWS_ALONE:
             return ROWS if _has(arguments[:1], ROWS) else self._unclear(f"a call of {shown_as}")

@@ -1,4 +1,4 @@
-"""What a module keeps of its forward for backward, and how many rows of it exist at a time: `keep` and `tile`."""
+"""The settings `keep` and `tile`: which tensors a module keeps for backward, and how many rows exist at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Memory(NamedTuple):
 
         keep=3    gate, up and the product
         keep=2    gate and up
-        keep=1    gate; up comes from its projection again
-        keep=0    the module's input; gate and up come from their projections again
+        keep=1    gate; the projection of up runs again
+        keep=0    the module's input; the projections of gate and up run again
 
     With `tile`, at most that many rows of gate and up exist at a time, in inference and in training.
     """
@@ -28,7 +28,7 @@ class Memory(NamedTuple):
 
 
 def checked(keep: object, tile: object) -> Memory:
-    """The setting that a user asks for; `keep=None` is 2, and 0 with a tile.
+    """The requested setting, validated; `keep=None` is 2, and 0 with a tile.
 
     Raises:
         ValueError: `keep` is not 0 to 3, `tile` is not a positive integer, or `tile` comes with a `keep` other than 0.

@@ -1,8 +1,8 @@
 """From a class's source to its gated products, or to the reason why it has none that can be fused.
 
-source           from a method to its syntax tree, proved to be what runs, and back
-flow, shapes     where names get their values; what single expressions look like
+source           from a method to its syntax tree, proved to compile to the method's bytecode, and back
+flow, shapes     the definitions of names; patterns of single expressions
 matching         the gated products of one method
-methods          the methods of a class, and what the names in them stand for
+methods          the methods of a class, and the values of the names in them
 recognise        the products of one module
 """

@@ -1,4 +1,4 @@
-"""Where the names of one function get their values, as far as it stands in straight lines."""
+"""The definitions and uses of the names in one function, for straight-line code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 
 @dataclass(frozen=True)
 class Place:
-    """A statement, as the element `at` of the list `block` that it stands in."""
+    """A statement, as the element `at` of the list `block`."""
 
     block: list[ast.stmt]
     at: int
@@ -23,13 +23,13 @@ class Place:
 
 
 class Flow:
-    """Names, statements and their order in one function definition. Nodes are told apart by identity."""
+    """Names, statements and their order in one function definition. Nodes are compared by identity."""
 
     def __init__(self, definition: ast.FunctionDef):
         self.definition = definition
         arguments = definition.args
         positional = [*arguments.posonlyargs, *arguments.args]
-        # What the method calls itself: "self", nearly always.
+        # The method's name for the module: nearly always "self".
         self.owner = positional[0].arg if positional else ""
         others = [*positional[1:], *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
         self.parameters = {argument.arg for argument in others if argument is not None}
@@ -50,19 +50,19 @@ class Flow:
             node = parent
 
     def place(self, node: ast.AST) -> Place:
-        """The innermost statement around the node."""
+        """The innermost statement that contains the node."""
         for candidate in (node, *self.ancestors(node)):
             if id(candidate) in self._places:
                 return self._places[id(candidate)]
         raise LookupError(ast.unparse(node))
 
     def repeats(self, node: ast.AST) -> bool:
-        """Whether the node may run more than once in a call, or later: in a loop or in a function of its own."""
+        """Whether the node may run more than once in a call, or later: in a loop or in a nested function."""
         inner = (*_LOOPS, *_SCOPES, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
         return any(isinstance(parent, inner) and parent is not self.definition for parent in self.ancestors(node))
 
     def definition_of(self, uses: Iterable[ast.Name]) -> Place | None:
-        """The statement that gave these uses of one name their value, if it does so plainly and for them alone."""
+        """The plain assignment that defines these uses of one name, if it defines no other use."""
         uses = list(uses)
         name, place = uses[0].id, self.place(uses[0])
         if any(self.place(use) != place for use in uses) or self._is_shared(name) or self.repeats(uses[0]):
@@ -83,7 +83,7 @@ class Flow:
         return Place(place.block, at) if {id(node) for node in reached} == {id(use) for use in uses} else None
 
     def sole_use(self, name: str, place: Place) -> ast.Name | None:
-        """The one use of the value that the statement at `place` gives to `name`, if it has just one."""
+        """The only use of the value that the statement at `place` assigns to `name`, if there is exactly one."""
         for statement in place.block[place.at + 1 :]:
             uses = [node for node in ast.walk(statement) if _loads(node, name)]
             if uses:
@@ -93,7 +93,7 @@ class Flow:
         return None
 
     def is_sole_use(self, uses: Iterable[ast.Name]) -> bool:
-        """Whether the name has just these uses in the whole function, none of which may run twice."""
+        """Whether the name's value has only these uses in the function, none of which may run twice."""
         uses = list(uses)
         name = uses[0].id
         loads = {id(node) for node in self._names[name] if _loads(node, name)}
@@ -101,7 +101,7 @@ class Flow:
         return once and (loads == {id(use) for use in uses} or self.definition_of(uses) is not None)
 
     def values_of(self, name: str) -> list[ast.expr] | None:
-        """Every expression that the name may stand for, a tuple's for each of its names; None where that is unclear."""
+        """Every expression assigned to the name, or to a tuple with it; None where another statement binds it."""
         values = []
         for node in self._names.get(name, ()):
             if not isinstance(node.ctx, ast.Load):
@@ -112,13 +112,13 @@ class Flow:
         return values
 
     def is_constant(self, name: str) -> bool:
-        """Whether the name is a parameter that is never given another value."""
+        """Whether the name is a parameter that is never assigned to."""
         return name in self.parameters and not any(
             isinstance(node.ctx, (ast.Store, ast.Del)) for node in self._names.get(name, ())
         )
 
     def _is_shared(self, name: str) -> bool:
-        """Whether a nested function, or another scope, sees the name too."""
+        """Whether a nested function, or another scope, uses the name too."""
         for node in ast.walk(self.definition):
             if isinstance(node, (ast.Global, ast.Nonlocal)) and name in node.names:
                 return True
@@ -138,12 +138,12 @@ def stored_names(statement: ast.stmt) -> set[str]:
 
 
 def same(a: ast.AST | None, b: ast.AST | None) -> bool:
-    """Whether two expressions read alike."""
+    """Whether two expressions have equal syntax trees."""
     return a is not None and b is not None and ast.dump(a) == ast.dump(b)
 
 
 def _assigns(statement: ast.stmt) -> bool:
-    """Whether the statement does nothing with its names but give them values: `a = ...` or `a, b = ...`."""
+    """Whether the statement only assigns to names: `a = ...` or `a, b = ...`."""
     if isinstance(statement, ast.AnnAssign):
         return isinstance(statement.target, ast.Name) and statement.value is not None
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:

@@ -1,17 +1,17 @@
-"""The gated products that stand in a method's source: an activation's result multiplied by another tensor.
+"""The gated products in a method's source: an activation's result multiplied by another tensor.
 
-Two forms are told apart. A `Gated` is one expression,
+There are two forms. A `Gated` is one expression,
 
     act(gate) * up        up * act(gate)        torch.mul(act(gate), up)
 
-A `Chain` is a product with what stands around gate and up in the statements before it, such as
+A `Chain` is a product with operations on gate and up in the statements before it, such as
 
     gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
     gate = gate.clamp(max=self.limit)
     return self.down_proj(self.act_fn(gate) * up)
 
-It is one member of the family in `reference.GLUParams`, and its packed tensor need not be cut. Each name that it leaves
-out is used by it alone.
+It is one member of the family in `reference.GLUParams`, and its packed tensor need not be split. The rewritten method
+does not assign the names of the replaced statements, which have no other use.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class Gated:
 
 @dataclass(frozen=True)
 class Chain:
-    """A product at `place`, with all that is understood around gate and up.
+    """A product at `place`, with the recognised operations on gate and up.
 
-    `steps` are the earlier statements that it makes superfluous, each with what remains of it: a statement that makes
-    the tensor which the step starts from, or None where that tensor has a name.
+    `steps` are the earlier statements that it replaces, each with the statement that remains: one that computes the
+    tensor from which the step starts, or None where that tensor has a name.
     """
 
     node: ast.expr
     place: Place
-    # The one of the two is None: swish is called as an activation, or written out with a sigmoid.
+    # One of the two is None: swish is called as an activation, or written out with a sigmoid.
     activation: ast.expr | None
     sigmoid: ast.expr | None
     # Expressions of the fields of `reference.GLUParams` that are not its defaults.
@@ -57,7 +57,7 @@ class Chain:
     # Gate and up, or one tensor with both.
     operands: tuple[ast.expr, ...]
     layout: str | None
-    # Whether gate, or the packed tensor, has a name that is read here for the last time.
+    # Whether gate, or the packed tensor, has a name of which this is the last read.
     is_last_use: bool
     steps: dict[int, ast.stmt | None]
 
@@ -67,7 +67,7 @@ class Chain:
 
 
 def gated_at(node: ast.AST) -> list[Gated]:
-    """How the node may be read as a product: either factor may be the call of the activation."""
+    """The readings of the node as a product: either factor may be the call of the activation."""
     factors = shapes.factors(node)
     if factors is None or not isinstance(node, ast.expr):
         return []
@@ -80,7 +80,7 @@ def gated_at(node: ast.AST) -> list[Gated]:
 
 
 def chains_at(node: ast.AST, flow: Flow) -> list[Chain]:
-    """How the node may be read as a product with limits, with a swish that is written out, or of a packed tensor."""
+    """The readings of the node as a product with limits, with a swish that is written out, or of a packed tensor."""
     factors = shapes.factors(node)
     if factors is None or factors[2] is not None or not isinstance(node, ast.expr) or flow.repeats(node):
         return []
@@ -92,7 +92,7 @@ def chains_at(node: ast.AST, flow: Flow) -> list[Chain]:
 
 
 def consumer(product: ast.expr, flow: Flow) -> ast.Call | None:
-    """The call whose one argument is the product, directly or under a name that nothing else reads."""
+    """The call whose only argument is the product, directly or by a name without other uses."""
     parent = flow.parents.get(id(product))
     value: ast.expr | None = product
     if isinstance(parent, (ast.Assign, ast.AnnAssign)):
@@ -105,7 +105,7 @@ def consumer(product: ast.expr, flow: Flow) -> ast.Call | None:
 
 
 def first_projection(product: Gated, flow: Flow) -> ast.Call | None:
-    """The call that makes the operand which is evaluated first, in the product or under a name that it alone reads."""
+    """The call that computes the operand evaluated first, in the product or by a name without other uses."""
     operand: ast.expr | None = product.up if product.up_first else product.gate
     if isinstance(operand, ast.Name):
         place = flow.definition_of([operand])
@@ -114,18 +114,18 @@ def first_projection(product: Gated, flow: Flow) -> ast.Call | None:
 
 
 class _Side:
-    """What is left of a factor, the uses of it where it is a name, and the step that it stands in, if any."""
+    """The unmatched part of a factor, its uses where it is a name, and the step that contains it, if any."""
 
     def __init__(self, expression: ast.expr):
         self.expression, self.uses = expression, [expression]
         self.step: int | None = None
 
-    def become(self, expression: ast.expr, uses: list[ast.expr] | None = None) -> None:
+    def replace(self, expression: ast.expr, uses: list[ast.expr] | None = None) -> None:
         self.expression, self.uses = expression, uses or [expression]
 
 
 class _Reading:
-    """One attempt to read a product as a chain, peeling off what is understood from either factor."""
+    """One attempt to read a product as a chain, by matching operations on either factor from the outside in."""
 
     def __init__(self, flow: Flow, node: ast.expr, place: Place):
         self._flow, self._node, self._place = flow, node, place
@@ -134,36 +134,36 @@ class _Reading:
 
     def chain(self, gate: ast.expr, up: ast.expr, *, up_first: bool) -> Chain | None:
         gates, ups = _Side(gate), _Side(up)
-        self._peel(gates, shapes.upper_limit, "act_limit")
+        self._match_limit(gates, shapes.upper_limit, "act_limit")
         activation = sigmoid = None
-        swish = self._through(gates, shapes.written_swish)
+        swish = self._match(gates, shapes.written_swish)
         if swish is not None:
             sigmoid, uses, alpha = swish
-            gates.become(uses[0], uses)
+            gates.replace(uses[0], uses)
             if alpha is not None:
                 self._limits["alpha"] = alpha
         else:
-            call = self._through(gates, lambda expression: expression if shapes.is_plain_call(expression) else None)
+            call = self._match(gates, lambda expression: expression if shapes.is_plain_call(expression) else None)
             if call is None:
                 return None
             activation = call.func
-            gates.become(call.args[0])
-        self._peel(gates, shapes.upper_limit, "gate_limit")
-        self._peel(ups, shapes.offset, "up_offset")
-        self._peel(ups, shapes.symmetric_limit, "up_limit")
+            gates.replace(call.args[0])
+        self._match_limit(gates, shapes.upper_limit, "gate_limit")
+        self._match_limit(ups, shapes.offset, "up_offset")
+        self._match_limit(ups, shapes.symmetric_limit, "up_limit")
         operands, layout, is_last_use = self._operands(gates, ups)
-        if not (self._limits or self._steps or sigmoid) or not all(map(self._is_settled, self._limits.values())):
+        if not (self._limits or self._steps or sigmoid) or not all(map(self._is_invariant, self._limits.values())):
             return None
         chain = Chain(
             self._node, self._place, activation, sigmoid, self._limits, up_first, operands, layout, is_last_use,
             self._steps,
         )  # fmt: skip
-        # Nothing else may run between the steps: it could write to what they read.
+        # No other statement may run between the steps: it could write to the tensors that they read.
         together = set(range(chain.first, self._place.at)) == self._steps.keys()
         return chain if together and all(self._is_bound(operand, chain) for operand in operands) else None
 
-    def _through(self, side: _Side, pattern: Callable[[ast.expr], Any]) -> Any:
-        """What `pattern` makes of the side, or of the expression that its name stands for."""
+    def _match(self, side: _Side, pattern: Callable[[ast.expr], Any]) -> Any:
+        """The match of `pattern` with the side, or with the expression assigned to its name."""
         found = pattern(side.expression)
         if found is not None or not isinstance(side.expression, ast.Name):
             return found
@@ -176,14 +176,16 @@ class _Reading:
             side.step = place.at
         return found
 
-    def _peel(self, side: _Side, pattern: Callable[[ast.expr], tuple[ast.expr, ast.expr] | None], limit: str) -> None:
-        found = self._through(side, pattern)
+    def _match_limit(
+        self, side: _Side, pattern: Callable[[ast.expr], tuple[ast.expr, ast.expr] | None], limit: str
+    ) -> None:
+        found = self._match(side, pattern)
         if found is not None:
             inner, self._limits[limit] = found
-            side.become(inner)
+            side.replace(inner)
 
     def _operands(self, gate: _Side, up: _Side) -> tuple[tuple[ast.expr, ...], str | None, bool]:
-        """(operands, layout, whether the first one's name is read for the last time)"""
+        """(operands, layout, whether this is the last read of the first one's name)"""
         packed = self._packed(gate, up)
         if packed is None:
             return (self._leaf(gate), self._leaf(up)), None, self._is_last_use(gate)
@@ -191,7 +193,7 @@ class _Reading:
         return (self._leaf(side),), layout, self._is_last_use(side)
 
     def _packed(self, gate: _Side, up: _Side) -> tuple[_Side, str] | None:
-        """The packed tensor and its layout, where one statement cuts it into just these two."""
+        """The packed tensor and its layout, where one statement splits it into just these two."""
         if not isinstance(gate.expression, ast.Name) or not isinstance(up.expression, ast.Name):
             return None
         places = [self._flow.definition_of(side.uses) for side in (gate, up)]
@@ -202,13 +204,13 @@ class _Reading:
             return None
         packed, layout, uses = cut
         side = _Side(packed)
-        side.become(packed, uses)
+        side.replace(packed, uses)
         side.step = places[0].at
         self._steps[side.step] = None
         return side, layout
 
     def _leaf(self, side: _Side) -> ast.expr:
-        """The tensor that a side starts from. What is no name and stands in a step is still made there."""
+        """The tensor from which a side starts. One without a name is still computed in its step."""
         if side.step is None or isinstance(side.expression, ast.Name):
             return side.expression
         statement = self._place.block[side.step]
@@ -219,12 +221,12 @@ class _Reading:
 
     def _is_last_use(self, side: _Side) -> bool:
         if not isinstance(side.expression, ast.Name):
-            # A step keeps its own name for it, which nothing else reads.
+            # A step assigns it to a name without other uses.
             return side.step is not None
         return self._flow.is_sole_use(side.uses)
 
-    def _is_settled(self, limit: ast.expr) -> bool:
-        """Whether a limit has the same value before the steps: a number, or what hangs on the module or a parameter."""
+    def _is_invariant(self, limit: ast.expr) -> bool:
+        """Whether a limit has the same value before the steps: a number, an attribute of the module, or a parameter."""
         root = limit
         while isinstance(root, ast.Attribute):
             root = root.value
@@ -233,7 +235,7 @@ class _Reading:
         return isinstance(limit, ast.Constant)
 
     def _is_bound(self, operand: ast.expr, chain: Chain) -> bool:
-        """Whether a named operand has the same value at the product, where the steps are gone."""
+        """Whether a named operand has the same value at the product without the steps."""
         if not isinstance(operand, ast.Name):
             return True
         made = [step for step in chain.steps.values() if step is not None and operand.id in stored_names(step)]

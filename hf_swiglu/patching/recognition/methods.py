@@ -1,4 +1,4 @@
-"""The methods of a class that have gated products, and what the names in them stand for in one module."""
+"""The methods of a class that have gated products, and the values of the names in them for one module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_swiglu.patching.recognition.flow import Flow
 from hf_swiglu.patching.recognition.matching import Chain, Gated, chains_at, gated_at
 from hf_swiglu.patching.recognition.source import NoSource, mangled, method_tree
 
-# Long methods, and none of a model's own.
+# Modules with long methods that do not belong to a model.
 _FOREIGN = ("torch.", "transformers.modeling_utils", "transformers.generation.")
 UNKNOWN = object()
 
@@ -33,7 +33,7 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Method:
-    """A function of a class's own that multiplies. `inner` is what decorators wrap, or `function` itself."""
+    """A class's own function that multiplies. `inner` is the function that decorators wrap, or `function` itself."""
 
     owner: type[nn.Module]
     name: str
@@ -46,7 +46,7 @@ _analyses: weakref.WeakKeyDictionary[types.FunctionType, Analysis] = weakref.Wea
 
 
 def methods_of(cls: type[nn.Module]) -> Iterator[Method]:
-    """The methods that instances of `cls` may run, below `nn.Module`, and that multiply anything."""
+    """The methods of `cls` and its bases below `nn.Module` that an instance may run and that multiply."""
     overridden: set[str] = set()
     for owner in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         if owner.__module__.startswith(_FOREIGN):
@@ -75,7 +75,7 @@ def _analyse(function: types.FunctionType) -> Analysis:
     if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
         return Analysis(None, (), "it is a generator")
     if any(_names(code, name) for name in ("locals", "vars", "eval", "exec", "_getframe")):
-        return Analysis(None, (), "it looks at its own local names")
+        return Analysis(None, (), "it may inspect its own local names")
     try:
         flow = Flow(method_tree(function))
     except NoSource as reason:
@@ -105,9 +105,9 @@ def _names(code: types.CodeType, name: str) -> bool:
 
 
 def value_of(expression: ast.expr, method: Method, module: nn.Module) -> object:
-    """What a name in `method` stands for in `module`, as far as that can be told without running anything.
+    """The value of a name in `method` for `module`, found without running code; UNKNOWN where that is not possible.
 
-    Of a container, such as the `nn.ModuleList` of `self.acts[i]`, the first element. UNKNOWN where it cannot be told.
+    For a container, such as the `nn.ModuleList` of `self.acts[i]`, the first element.
     """
     flow = method.analysis.flow
     assert flow is not None
@@ -130,7 +130,7 @@ def value_of(expression: ast.expr, method: Method, module: nn.Module) -> object:
 
 
 def free_value(name: str, function: types.FunctionType) -> object:
-    """What a name that `function` does not bind stands for, in its closure or among its globals."""
+    """The value of a name that `function` does not bind, from its closure, its globals or the builtins."""
     if name in function.__code__.co_freevars:
         try:
             return (function.__closure__ or ())[function.__code__.co_freevars.index(name)].cell_contents
@@ -140,14 +140,14 @@ def free_value(name: str, function: types.FunctionType) -> object:
 
 
 def attribute_of(value: object, name: str) -> object:
-    """`value.name`, without running a property; UNKNOWN where it cannot be told."""
+    """`value.name`, without running a property; UNKNOWN where it cannot be determined."""
     if value is UNKNOWN:
         return UNKNOWN
     if isinstance(value, nn.Module):
         for table in (vars(value), value._modules, value._parameters, value._buffers):
             if name in table:
                 return table[name]
-    # Past properties, which would run.
+    # `getattr` would run properties.
     found = inspect.getattr_static(value, name, UNKNOWN)
     return found.__func__ if isinstance(found, staticmethod) else found
 

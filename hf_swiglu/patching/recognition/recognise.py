@@ -18,7 +18,7 @@ from hf_swiglu.reference import SILU, GLUParams
 
 Reading = Gated | Chain
 
-# Functions and methods that make another tensor by a matrix product.
+# Functions and methods that compute a matrix product.
 _PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm", "_grouped_mm"}
 
 
@@ -38,19 +38,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Found:
-    """What became of a module: products to fuse, or a reason."""
+    """The result of recognition for a module: products to fuse, or a reason."""
 
     choices: tuple[Choice, ...]
-    # How gate and up come: "separate", "packed", "interleaved", or "experts" where experts share the method.
+    # The layout of gate and up: "separate", "packed", "interleaved", or "experts" where experts share the method.
     kind: str
     activation: str
     # The name of the activation among the module's children, if it is one.
     child: str | None
-    # None for a gate that is activated by something else, or a module that only looks like a gated MLP.
+    # None for a gate with another activation, or a module that only resembles a gated MLP.
     params: GLUParams | None
     reason: str = ""
     # The products of a gate with another activation, which no kernel computes: only their memory can be saved.
-    others: tuple[Choice, ...] = ()
+    memory_only: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class _Activation:
 
 
 def recognise(module: nn.Module, methods: Iterable[Method]) -> Found | None:
-    """The gated products in `methods`, those of the module's class; None where nothing suggests that there is one."""
+    """The gated products in `methods`, those of the module's class; None where nothing indicates one."""
     methods = [method for method in methods if _runs(method, module)]
     choices, first = [], None
-    others = []
+    unfusable = []
     for method in methods:
         chosen: list[Reading] = []
         for readings in method.analysis.readings:
@@ -73,7 +73,7 @@ def recognise(module: nn.Module, methods: Iterable[Method]) -> Found | None:
                 if activation is None or not _is_of_projections(reading, method, module):
                     continue
                 if activation.params is None:
-                    others.append((reading, method, activation))
+                    unfusable.append((reading, method, activation))
                 elif not _overlaps(reading, chosen):
                     chosen.append(reading)
                     first = first or (reading, method, activation)
@@ -84,12 +84,12 @@ def recognise(module: nn.Module, methods: Iterable[Method]) -> Found | None:
         reading, method, activation = first
         kind = _kind(reading, method, module)
         return Found(tuple(choices), kind, activation.name, activation.child, activation.params)
-    for reading, method, activation in others:
+    for reading, method, activation in unfusable:
         if activation.child is not None or _has_gated_shapes(module):
             reason = f"its gate's activation is {activation.name}, not SiLU or SwiGLU"
             return Found(
                 (), _kind(reading, method, module), activation.name, activation.child, None, reason,
-                _unfused((method, reading) for reading, method, _ in others),
+                _unfused((method, reading) for reading, method, _ in unfusable),
             )  # fmt: skip
     return _suspected(module, methods)
 
@@ -108,12 +108,12 @@ def _runs(method: Method, module: nn.Module) -> bool:
     if method.name == "_apply_gate" and not getattr(module, "has_gate", True):
         # Experts without a gate inherit the method and never call it.
         return False
-    # An attribute of the instance hides the class's method; of `forward` patching sees that for itself.
+    # An instance attribute shadows the class's method; for `forward`, patching tests that itself.
     return method.name == "forward" or method.name not in vars(module)
 
 
 def _activation(reading: Reading, method: Method, module: nn.Module) -> _Activation | None:
-    """What the reading takes for the activation, if it is one in this module."""
+    """The activation of the reading, if its value in this module is one."""
     if isinstance(reading, Chain) and reading.sigmoid is not None:
         alpha = reading.limits.get("alpha")
         known = alpha.value if isinstance(alpha, ast.Constant) else alpha and value_of(alpha, method, module)
@@ -131,7 +131,7 @@ def _activation(reading: Reading, method: Method, module: nn.Module) -> _Activat
     name = getattr(value, "__name__", str(value))
     if params_of(value) is not None:
         return _Activation(name, params_of(value), None)
-    # Any function may be an activation of the user's own; one that multiplies matrices is none.
+    # Any function may be a user-defined activation, except one that multiplies matrices.
     is_stored = child is not None and not hasattr(type(module), child)
     known = value in OTHER_FUNCTIONS or is_stored or (value.__module__ or "").partition(".")[0] not in ("torch", "")
     return _Activation(name, None, None) if known and name not in _PRODUCTS and not _is_method(value, module) else None
@@ -144,7 +144,7 @@ def _module_activation(value: nn.Module, child: str | None) -> _Activation | Non
     if getattr(value, "inplace", False) and params_of(type(value)()) is not None:
         return _Activation(f"{cls.__name__} in place", None, child)
     is_activation = cls in ACTIVATION_CLASSES or cls.__module__ == nn.SiLU.__module__
-    # One of the user's own has no weights, as norms and projections have.
+    # A user-defined one has no weights, unlike norms and projections.
     is_own = not cls.__module__.startswith("torch.nn.") and not any(True for _ in value.parameters())
     return _Activation(cls.__name__, None, child) if is_activation or is_own else None
 
@@ -154,7 +154,7 @@ def _is_method(value: object, module: nn.Module) -> bool:
 
 
 def _own_path(expression: ast.expr, method: Method) -> str | None:
-    """ "act_fn" of `self.act_fn`; None for what is not an attribute of the module."""
+    """ "act_fn" of `self.act_fn`; None for any other expression."""
     flow = method.analysis.flow
     assert flow is not None
     text = ast.unparse(expression)
@@ -162,7 +162,7 @@ def _own_path(expression: ast.expr, method: Method) -> str | None:
 
 
 def _overlaps(reading: Reading, chosen: list[Reading]) -> bool:
-    """Whether two chains would make the same statements superfluous."""
+    """Whether the chain would replace statements that a chosen one replaces."""
     return isinstance(reading, Chain) and any(
         other.place.block is reading.place.block and other.first <= reading.place.at and reading.first <= other.place.at
         for other in chosen
@@ -171,7 +171,7 @@ def _overlaps(reading: Reading, chosen: list[Reading]) -> bool:
 
 
 def _is_of_projections(reading: Reading, method: Method, module: nn.Module) -> bool:
-    """Whether gate and up are what projections made, directly or through functions of their output."""
+    """Whether gate and up are outputs of projections, or functions of such outputs."""
     parts = reading.operands if isinstance(reading, Chain) else (reading.gate, reading.up)
     return all(_is_projected(part, method, module, frozenset()) for part in parts)
 
@@ -187,7 +187,7 @@ def _is_projected(node: ast.expr, method: Method, module: nn.Module, seen: froze
             return True
         values = flow.values_of(node.id)
         if node.id in flow.parameters and not values:
-            # Helpers, `_apply_gate` among them, are handed what the projections made.
+            # Helpers, `_apply_gate` among them, receive the outputs of the projections.
             return method.name != "forward"
         return bool(values) and all(_is_projected(value, method, module, seen | {node.id}) for value in values or ())
     if isinstance(node, ast.Call):
@@ -207,9 +207,9 @@ def _is_projection(call: ast.Call, method: Method, module: nn.Module) -> bool:
     if isinstance(call.func, ast.Attribute) and call.func.attr in _PRODUCTS:
         return True
     value = value_of(call.func, method, module)
-    handed = [value_of(argument, method, module) for argument in call.args]
+    arguments = [value_of(argument, method, module) for argument in call.args]
     is_child = isinstance(value, nn.Module) or _own_path(call.func, method) is not None
-    return is_child or any(isinstance(argument, nn.Module) for argument in handed if argument is not module)
+    return is_child or any(isinstance(argument, nn.Module) for argument in arguments if argument is not module)
 
 
 def _call_inputs(call: ast.Call) -> list[ast.expr]:
@@ -230,7 +230,7 @@ def _kind(reading: Reading, method: Method, module: nn.Module) -> str:
 
 
 def _source(node: ast.expr, method: Method) -> object:
-    """The expression that a name was cut from, or the name of what an element is taken from."""
+    """The expression that a name was split from, or that a subscript indexes."""
     flow = method.analysis.flow
     assert flow is not None
     if isinstance(node, ast.Subscript):
@@ -245,7 +245,7 @@ def _source(node: ast.expr, method: Method) -> object:
 
 
 def _suspected(module: nn.Module, methods: list[Method]) -> Found | None:
-    """A module that looks like a gated MLP and has no product that was understood, with the reason."""
+    """A module that resembles a gated MLP but has no recognised product, with the reason."""
     functions = {function.__name__ for function in OTHER_FUNCTIONS} | {F.silu.__name__}
     activations = [child for child in module.children() if type(child) in ACTIVATION_CLASSES]
     code = getattr(type(module).forward, "__code__", None)

@@ -1,4 +1,4 @@
-"""What single expressions and statements look like, one small pattern each."""
+"""Patterns of single expressions and statements."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def written_swish(node: ast.expr) -> tuple[ast.expr, list[ast.expr], ast.expr | 
 
 
 def halves(statement: ast.stmt, gate: str, up: str) -> tuple[ast.expr, str, list[ast.expr]] | None:
-    """(packed, layout in `reference`, uses of packed) of a statement that cuts a tensor into gate and up."""
+    """(packed, layout in `reference`, uses of packed) of a statement that splits a tensor into gate and up."""
     names = target_names(statement)
     if names is None or set(names) != {gate, up} or len(names) != 2:
         return None
@@ -108,7 +108,7 @@ def first_target(statement: ast.stmt) -> str:
 
 
 def target_names(statement: ast.stmt) -> list[str] | None:
-    """The names that an assignment binds; None where it binds anything else."""
+    """The names that an assignment binds; None where it binds any other target."""
     target = _target(statement)
     parts = target.elts if isinstance(target, ast.Tuple) else [target]
     names = [part.id for part in parts if isinstance(part, ast.Name)]

@@ -1,7 +1,7 @@
-"""The syntax tree of a method, and the method again from a changed tree.
+"""The syntax tree of a method, and a method rebuilt from a changed tree.
 
-A tree is trusted only if compiling it unchanged gives the bytecode that the method has: a file that was edited after it
-was imported, or code that an import hook has instrumented, is not what runs.
+A tree is used only if compiling it unchanged gives the method's bytecode: the source of a file that was edited after
+its import, or of code that an import hook has instrumented, is not the code that runs.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ for _name in __future__.all_feature_names:
     _FUTURES |= getattr(__future__, _name).compiler_flag
 
 _FACTORY, _CLASS = "_swiglu_factory", "_SwiGLUNoClass"
-# In front of the name of the class around a compiled method: a method that names its own class means the global, and
-# private names are mangled without leading underscores.
+# Prefix of the name of the class around a compiled method: a method that names its own class refers to the global, and
+# name mangling strips leading underscores.
 _NOT_THE_CLASS = "____"
-# Since Python 3.12 one instruction loads attributes and methods; the lowest bit of its argument tells methods.
+# Since Python 3.12 one instruction loads attributes and methods; the lowest bit of its argument marks methods.
 _METHOD_BIT = 1 if sys.version_info >= (3, 12) else 0
 
 
 class NoSource(Exception):
-    """A method's source cannot be had or trusted; the message says why."""
+    """A method's source is unavailable or is not the code that runs; the message states why."""
 
 
 def method_tree(function: types.FunctionType) -> ast.FunctionDef:
     """The definition of `function`, without decorators, annotations and defaults, with the line numbers of its file.
 
     Raises:
-        NoSource: there is no source, or it is not what was compiled.
+        NoSource: there is no source, or it does not compile to the function's bytecode.
     """
     try:
         source = inspect.getsource(function.__code__)
-        # Under a block of its own, because dedenting would change strings that span lines.
+        # Inside an `if` block, because dedenting would change strings that span lines.
         (block,) = ast.parse(source if source[:1] not in " \t" else "if True:\n" + source).body
     except (OSError, TypeError, SyntaxError, ValueError) as error:
         raise NoSource("its source is not available") from error
@@ -71,16 +71,16 @@ def rebuild(definition: ast.FunctionDef, function: types.FunctionType, names: di
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
     cells |= {name: types.CellType(value) for name, value in names.items()}
     closure = tuple(cells[name] for name in code.co_freevars)
-    return _dressed(types.FunctionType(code, function.__globals__, function.__name__, None, closure), function)
+    return _with_metadata(types.FunctionType(code, function.__globals__, function.__name__, None, closure), function)
 
 
 def with_closure(function: types.FunctionType, old: object, new: object) -> types.FunctionType | None:
-    """A copy of a wrapper that calls `new` where `function` calls `old`; None where its closure does not hold `old`."""
+    """A copy of a wrapper that calls `new` where `function` calls `old`; None if `old` is not in its closure."""
     closure = function.__closure__ or ()
     if not any(_holds(cell, old) for cell in closure):
         return None
     cells = tuple(types.CellType(new) if _holds(cell, old) else cell for cell in closure)
-    twin = _dressed(
+    twin = _with_metadata(
         types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells), function
     )
     twin.__wrapped__ = new  # type: ignore[attr-defined]
@@ -88,7 +88,7 @@ def with_closure(function: types.FunctionType, old: object, new: object) -> type
 
 
 def mangled(name: str, function: types.FunctionType) -> str:
-    """A private attribute's name as it is stored, written in the class that `function` was defined in."""
+    """The mangled name of a private attribute, for the class in which `function` was defined."""
     owner = _class_name(function).lstrip("_")
     return f"_{owner}{name}" if name.startswith("__") and not name.endswith("__") else name
 
@@ -100,7 +100,7 @@ def _holds(cell: types.CellType, value: object) -> bool:
         return False
 
 
-def _dressed(new: types.FunctionType, like: types.FunctionType) -> types.FunctionType:
+def _with_metadata(new: types.FunctionType, like: types.FunctionType) -> types.FunctionType:
     new.__defaults__, new.__kwdefaults__ = like.__defaults__, like.__kwdefaults__
     new.__annotations__ = dict(like.__annotations__)
     new.__qualname__, new.__module__, new.__doc__ = like.__qualname__, like.__module__, like.__doc__
@@ -111,7 +111,7 @@ def _dressed(new: types.FunctionType, like: types.FunctionType) -> types.Functio
 def _compile(
     definition: ast.FunctionDef, function: types.FunctionType, names: tuple[str, ...], imported: Iterable[str] = ()
 ) -> types.CodeType:
-    """The code of `definition`, compiled where `function` stands: in its class, under the variables it closes over."""
+    """The code of `definition`, compiled as `function` was: inside its class and its closure's variables."""
     free = [name for name in function.__code__.co_freevars if name != "__class__"]
     # Private names are mangled with the class's name, and `super()` needs a class around it.
     owner = ast.ClassDef(_NOT_THE_CLASS + _class_name(function), [], [], [copy.deepcopy(definition)], [])
@@ -134,7 +134,7 @@ def _compile(
 
 
 def _imported(code: types.CodeType) -> set[str]:
-    """The globals that look imported: of those CPython calls attributes by other instructions than methods."""
+    """The globals that were imported, judged by bytecode: CPython calls their attributes unlike methods."""
     names: set[str] = set()
     last = None
     for instruction in dis.get_instructions(code):
@@ -163,7 +163,7 @@ def _same_code(ours: types.CodeType, theirs: types.CodeType) -> bool:
 
 def _same_constant(a: object, b: object) -> bool:
     if isinstance(a, str) and isinstance(b, str) and a.startswith(_FACTORY):
-        # Up to Python 3.10 the qualified name of an inner function, a comprehension's too, is a constant.
+        # Up to Python 3.10 the qualified name of an inner function or comprehension is a constant.
         return b.endswith(a.partition(_NOT_THE_CLASS)[2])
     if isinstance(a, frozenset) and isinstance(b, frozenset):
         # Equal sets may be in different orders.

@@ -1,10 +1,10 @@
-"""The classes of fused modules, and how a module gets one and loses it.
+"""The classes of fused modules, and setting or restoring the class of a module.
 
     LlamaMLP  ->  LlamaMLP(FusedModule, rewritten LlamaMLP, LlamaMLP)
 
-The subclass has the original's name, so that nothing which looks modules up by class or by name can tell the
-difference. The methods of each class that has a product are overridden in a layer of their own, just before that class
-in the method resolution order: `super()` finds what it found before, rewritten.
+The subclass has the original's name, so that code which finds modules by class or by name is not affected. For each
+class that has a product, a layer just before it in the method resolution order overrides its methods: `super()` finds
+the rewritten version of the method that it found before.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class FusedModule(nn.Module):
     A pickle therefore loads on a machine without hf_swiglu, unfused; `patch_model` fuses it again.
     """
 
-    # Of each fused class: what it was made from, what is rewritten in it, and what it keeps for backward.
+    # Of each fused class: the class it was made from, the products rewritten in it, and its memory setting.
     _swiglu_original: type[nn.Module]
     _swiglu_choices: tuple[Choice, ...]
     _swiglu_memory: Memory
 
     def __init_subclass__(cls, **arguments):
-        # The original's own, a registry's perhaps, is for subclasses that a user wrote.
+        # The original's own, of a registry for instance, is for subclasses that a user defines.
         pass
 
     def __copy__(self):
@@ -59,12 +59,12 @@ class FusedModule(nn.Module):
         return twin
 
     def __reduce_ex__(self, protocol):
-        # A pickle may name no other class than the object's own at this moment, so it has the original one until the
-        # pickler has asked for the items of the list that it is not. Loading needs nothing but that class then.
+        # The pickler accepts only the object's own class, so the module has the original class until the pickler
+        # iterates over the list items, of which there are none. Loading then needs only the original class.
         function, arguments, *state = super().__reduce_ex__(protocol)
         original = original_class(type(self))
         if function not in (copyreg.__newobj__, copyreg._reconstructor):  # type: ignore[attr-defined]
-            # A `__reduce__` of the class's own.
+            # The class defines its own `__reduce__`.
             named = [original if each is type(self) else each for each in (function, *arguments)]
             return named[0], tuple(named[1:]), *state
         restore = _Restore(self)
@@ -78,7 +78,7 @@ class FusedModule(nn.Module):
 
 
 class _Restore:
-    """An empty iterator that gives a module its fused class back when it is asked, or when it is dropped."""
+    """An empty iterator that restores a module's fused class when it is iterated, or when it is deleted."""
 
     def __init__(self, module: FusedModule):
         self.module, self.fused = module, type(module)
@@ -96,24 +96,24 @@ class _Restore:
             self.module.__class__ = self.fused
 
 
-# By the original, what is kept for backward, and what is rewritten.
+# By original class, memory setting and rewritten products.
 _fused_classes: dict[tuple, type[nn.Module]] = {}
 
 
 def fused_class(original: type[nn.Module], choices: Sequence[Choice], memory: Memory) -> type[nn.Module]:
-    """The subclass of `original` in which the chosen products are fused, with the memory that is asked for.
+    """The subclass of `original` in which the chosen products are fused, with the given memory setting.
 
     Raises:
         NoSource: a method, or its decorator, cannot be rewritten.
     """
     key = (original, memory, *(choice.key for choice in choices))
-    if key not in _fused_classes or not _is_as_made(_fused_classes[key]):
+    if key not in _fused_classes or not _is_unmodified(_fused_classes[key]):
         runtime = _runtime(memory)
         methods: dict[str, object] = {}
         layers: dict[type, dict[str, object]] = {}
         for choice in choices:
             method = choice.method
-            # Only `super()` finds a method that another one of the same name stands before.
+            # An overridden method is reached by `super()` only.
             is_reached = getattr(original, method.name) is method.function
             owner = original if is_reached else method.owner
             members = methods if is_reached else layers.setdefault(owner, {})
@@ -132,13 +132,13 @@ def fused_class(original: type[nn.Module], choices: Sequence[Choice], memory: Me
     return _fused_classes[key]
 
 
-def _is_as_made(cls: type[nn.Module]) -> bool:
-    """Whether the class still has its rewritten methods: tools replace methods of `type(module)`."""
+def _is_unmodified(cls: type[nn.Module]) -> bool:
+    """Whether the class still has its rewritten methods: other libraries replace methods of `type(module)`."""
     return all(vars(cls).get(name) is method for name, method in cls._swiglu_methods.items())
 
 
 def original_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that a fused one was made from, under parametrize's own class if there is one."""
+    """The class that a fused class was made from, with parametrize's own class around it if there was one."""
     original = vars(cls).get("_swiglu_original")
     if original is not None:
         return original
@@ -149,7 +149,7 @@ def original_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def wrapper_of(cls: type[nn.Module]) -> str | None:
-    """The class that was put around a fused one, by anything but parametrize; None where there is none."""
+    """The name of the class that wraps a fused class, parametrize's excluded; None where there is none."""
     while _is_parametrized(cls):
         cls = cls.__bases__[0]
     if "_swiglu_original" in vars(cls):
@@ -157,16 +157,16 @@ def wrapper_of(cls: type[nn.Module]) -> str | None:
     return next(base.__name__ for base in cls.__mro__[1:] if not issubclass(base, FusedModule))
 
 
-def is_fused_so(cls: type[FusedModule], choices: Sequence[Choice], memory: Memory) -> bool:
-    """Whether a fused class is what `fused_class` makes of these."""
+def is_fused_with(cls: type[FusedModule], choices: Sequence[Choice], memory: Memory) -> bool:
+    """Whether a fused class has these products and this memory setting."""
     ours, theirs = ([choice.key for choice in each] for each in (choices, cls._swiglu_choices))
     return ours == theirs and cls._swiglu_memory == memory
 
 
 def fused_over(cls: type[nn.Module], choices: Sequence[Choice], memory: Memory) -> type[nn.Module]:
-    """`fused_class` for the class of a module, which may be one that `torch.nn.utils.parametrize` has made for it.
+    """`fused_class` for the class of a module, which `torch.nn.utils.parametrize` may have created for it.
 
-    That one stays outermost, because it is taken off again from there.
+    Parametrize's class stays outermost, because parametrize removes it from there.
     """
     if not _is_parametrized(cls):
         return fused_class(cls, choices, memory)
@@ -176,7 +176,7 @@ def fused_over(cls: type[nn.Module], choices: Sequence[Choice], memory: Memory) 
 
 
 def _is_parametrized(cls: type) -> bool:
-    """Whether `parametrize` has made this class for one module."""
+    """Whether `parametrize` has created this class for one module."""
     return cls.__name__.startswith("Parametrized") and cls.__module__ == parametrize.__name__
 
 
@@ -188,8 +188,8 @@ def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def bound_forwards(module: nn.Module) -> list[str]:
-    """The instance attributes that hold the class's own forward: `_old_forward` while accelerate's hook is on,
-    `forward` after it was taken off."""
+    """The instance attributes that contain the class's own forward: `_old_forward` with accelerate's hook, `forward`
+    after its removal."""
     return [
         name
         for name in ("forward", _compat.ACCELERATE_FORWARD)
@@ -198,14 +198,14 @@ def bound_forwards(module: nn.Module) -> list[str]:
 
 
 def _runtime(memory: Memory) -> dict[str, Any]:
-    """What rewritten methods call, by the names that `rewriting` gives it."""
+    """The functions that rewritten methods call, by their names in rewritten code."""
     project = recompute.project if memory.keep == 2 else recompute.call
     functions = (fusing.gated, fusing.times, fusing.family, fusing.chained, fusing.packed, fusable)
     return {
         "fused": FusedModule,
         "is_compiling": is_dynamo_compiling,
         "project": regions.project if memory.keep < 2 else project,
-        "kept": regions.kept,
+        "keep_output": regions.keep_output,
         "call_original": compiled.caller(memory),
         "call": compiled.call,
         **{function.__name__: function for function in functions},
@@ -218,7 +218,7 @@ def _subclass(like: type, bases: tuple[type, ...], members: dict[str, object]) -
 
 
 def _members(cls: type) -> set[str]:
-    """What a class of parametrize's defines."""
+    """The names that a class of parametrize's defines."""
     return {name for name in vars(cls) if not name.startswith("_swiglu_")}
 
 

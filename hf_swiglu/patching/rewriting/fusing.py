@@ -1,7 +1,7 @@
-"""What rewritten methods call: the product of an activated gate and up, fused where that is the same at this moment.
+"""The functions that rewritten methods call: the product of an activated gate and up, fused where that is equivalent.
 
-Each function is handed what the original expression evaluated, in its order. `last_use` says that gate is held by one
-local name, which is not read again.
+Each function receives the values of the original expression, in its order of evaluation. `last_use` states that gate
+has one local name, which is not read again.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from hf_swiglu.patching.activations import fusable, has_no_hooks, is_sigmoid
 from hf_swiglu.patching.rewriting.ownership import counts, mark_written, may_be_written, owned_counts
 from hf_swiglu.reference import LAYOUTS, GLUParams
 
-# To find out takes 2 us of a call, where a new tensor of 4,096 elements takes 1 (torch 2.13, Xeon with AVX-512).
+# The test takes 2 us of a call, where a new tensor of 4,096 elements takes 1 (torch 2.13, Xeon with AVX-512).
 SMALLEST_REUSED = 4096
 
 Activation = Callable[[Tensor], Tensor]
 
 
 def gated(params: GLUParams, activation: Activation, gate: Tensor, up: Tensor, last_use: bool) -> Tensor:
-    """`activation(gate) * up`, for an activation that `fusable` has called `params`."""
+    """`activation(gate) * up`, for an activation of which `fusable` returned `params`."""
     if type(gate) is not Tensor or type(up) is not Tensor:
         return activation(gate) * up
     if gate.numel() > SMALLEST_REUSED and may_be_written(gate, up) and counts(gate) == owned_counts(last_use):
@@ -55,7 +55,7 @@ def family(
     up_limit: object = math.inf,
     up_offset: object = 0.0,
 ) -> GLUParams | None:
-    """The member of the family with these limits as they are now; None where one is no number, or not fusable.
+    """The member of the family with these limits; None where a limit is not a number, or the activation not fusable.
 
     Swish is `activation`, or written out with `sigmoid` where `activation` is None.
     """
@@ -68,7 +68,7 @@ def family(
     if not power or not all(type(limit) in (int, float) for limit in limits):
         return None
     params = GLUParams(power, *map(float, limits))  # type: ignore[arg-type]
-    # A negative limit, or NaN, is left to PyTorch.
+    # With a negative limit, or NaN, PyTorch computes the original expression.
     return params if params.up_limit >= 0 and not any(map(math.isnan, params)) else None
 
 
@@ -90,7 +90,7 @@ def packed(
     module: nn.Module | None = None,
     path: str = "",
 ) -> Tensor:
-    """The product of a `matching.Chain` with gate and up in one tensor; `module.path`, if known, takes the product."""
+    """The product of a `matching.Chain` with gate and up in one tensor; its consumer is `module.path`, if known."""
     if type(gate_up) is not Tensor or _rounds_otherwise(params, activation, gate_up):
         return _plain(params, activation, *LAYOUTS[layout](gate_up))
     if (
@@ -113,7 +113,7 @@ def _over_gate(gate: Tensor, up: Tensor, params: GLUParams) -> Tensor:
 
 
 def _rounds_otherwise(params: GLUParams, activation: Activation | None, gate: Tensor) -> bool:
-    """Whether swish is written out as `g * sigmoid(g)`: in 16 bits two roundings, where the kernels have SiLU's one."""
+    """Whether swish is written out as `g * sigmoid(g)`: it rounds twice in 16 bits, where the kernels round once."""
     return activation is None and params.alpha == 1.0 and gate.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -122,7 +122,7 @@ def _plain(params: GLUParams, activation: Activation | None, gate: Tensor, up: T
 
 
 def _reads_rows_in_place(down: object) -> bool:
-    """Whether the projection reads rows that lie apart where they are; with a bias it would copy them."""
+    """Whether the projection reads strided rows without a copy; with a bias it would copy them."""
     if type(down) is not nn.Linear or down.bias is not None:
         return False
     state = vars(down)

@@ -1,10 +1,10 @@
-"""Whether a tensor's memory belongs to one expression alone, proved at the moment it is to be written over.
+"""Whether only one expression references a tensor's memory, proved from reference counts just before it is overwritten.
 
-    (references to the tensor object, users of its storage, users of the tensor in C++)
+    (Python references to the tensor, references to its storage, C++ references to the tensor)
 
-are three known numbers while an expression has just made the tensor, and others while one local name holds it. A hook,
-a mode or a wrapper that kept the tensor raises the first number, one that kept a view, `detach()` or an array the
-second, and code in C++ that kept the tensor the third.
+have known values for the result of an expression, and other known values for a tensor with one local name. A hook, a
+mode or a wrapper that kept the tensor raises the first count, one that kept a view, `detach()` or an array the second,
+and C++ code that kept the tensor the third.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from hf_swiglu.interception import is_transformed
 
 
 def counts(tensor: Tensor) -> tuple[int, int, int]:
-    """The numbers, as they are for a caller that was handed `tensor` as an argument."""
+    """The three counts, for a caller that received `tensor` as an argument."""
     return sys.getrefcount(tensor), *_compat.use_counts(tensor)
 
 
 @functools.cache
 def owned_counts(has_name: bool) -> tuple[int, int, int]:
-    """The numbers of a tensor that an expression has just made, or that one local name of the caller holds.
+    """The counts of a tensor that is the result of an expression, or that has one local name in the caller.
 
-    Measured once, because Python releases differ in what they count.
+    Measured once, because they differ between Python releases.
     """
     if has_name:
         tensor = torch.empty(0)
-        return _handed_on(tensor)
-    return _handed_on(torch.empty(0))
+        return _counts_of_argument(tensor)
+    return _counts_of_argument(torch.empty(0))
 
 
-def _handed_on(tensor: Tensor) -> tuple[int, int, int]:
+def _counts_of_argument(tensor: Tensor) -> tuple[int, int, int]:
     return counts(tensor)
 
 
 def may_be_written(tensor: Tensor, *others: Tensor) -> bool:
-    """Whether PyTorch would allow a result of these in the memory of `tensor`, each element in a place of its own."""
+    """Whether PyTorch allows a result of these tensors in the memory of `tensor`, whose elements do not overlap."""
     return (
         _compat.can_prove_ownership
         and not (torch.is_grad_enabled() and any(each.requires_grad for each in (tensor, *others)))
-        # Neither sparse nor wrapped tensors have a storage to ask about.
+        # Sparse and wrapped tensors have no storage whose references can be counted.
         and tensor.layout is torch.strided
         and not tensor.is_nested
         and not is_transformed()
@@ -55,7 +55,7 @@ def may_be_written(tensor: Tensor, *others: Tensor) -> bool:
 
 
 def mark_written(tensor: Tensor) -> None:
-    """Move the version counter, by which autograd notices a write."""
+    """Increment the version counter, by which autograd detects a write."""
     if not tensor.is_inference():
         assert _compat.increment_version is not None
         _compat.increment_version(tensor)
