@@ -9,5 +9,5 @@ contenders.py    shared by the levels: dtypes, torch.compile, the error for a wr
 rows.py          one JSON object for each case, with device, versions and commit
 charts.py        from rows to charts and to the tables of Markdown pages
 
-`hf_swiglu.commands.timing` and `hf_swiglu.commands.memory` measure time and memory, as in the demo.
+`hf_swiglu.commands.timing` and `hf_swiglu.commands.peak_memory` measure time and memory, as in the demo.
 """

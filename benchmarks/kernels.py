@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.contenders import DTYPES, WrongResult, compiled
-from benchmarks.rows import Case, Row
+from benchmarks.result_rows import Case, Row
 from hf_swiglu import swiglu, swiglu_packed
 from hf_swiglu._ops import launch_bwd, launch_fwd
 from hf_swiglu.commands.timing import take_turns

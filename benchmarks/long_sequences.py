@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.rows import Case, Row
+from benchmarks.result_rows import Case, Row
 from hf_swiglu import patch_model
-from hf_swiglu.commands.memory import peak_bytes
+from hf_swiglu.commands.peak_memory import peak_bytes
 from hf_swiglu.commands.timing import seconds_per_call, take_turns
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)

@@ -14,10 +14,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.contenders import DTYPES, WrongResult, compiled
-from benchmarks.rows import Case, Row
+from benchmarks.result_rows import Case, Row
 from hf_swiglu import patch_model
-from hf_swiglu.commands.memory import peak_bytes
 from hf_swiglu.commands.models import copy_sharing_parameters
+from hf_swiglu.commands.peak_memory import peak_bytes
 from hf_swiglu.commands.timing import seconds_per_call, take_turns
 from hf_swiglu.testing import why_not_close
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import kernels, long_sequences, mlps, whole_models
 from benchmarks.contenders import why_not_compiled
-from benchmarks.rows import measurement_environment
+from benchmarks.result_rows import measurement_environment
 from hf_swiglu.commands import doctor
 
 LEVELS = {"kernel": kernels.measure, "mlp": mlps.measure, "model": whole_models.measure, "long": long_sequences.measure}

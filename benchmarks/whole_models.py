@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.contenders import DTYPES, WrongResult, compiled
-from benchmarks.rows import Case, Row
+from benchmarks.result_rows import Case, Row
 from hf_swiglu import patch_model
 from hf_swiglu.commands import models
-from hf_swiglu.commands.memory import peak_bytes
+from hf_swiglu.commands.peak_memory import peak_bytes
 from hf_swiglu.commands.phases import (
     DECODED_TOKENS,
     PREFILL_TOKENS,

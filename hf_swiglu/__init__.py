@@ -7,8 +7,8 @@ from hf_swiglu.activation import SwiGLU, register, unregister
 from hf_swiglu.backends import available_backends
 from hf_swiglu.functional import swiglu, swiglu_packed
 from hf_swiglu.patching.fusion_config import register_fusion as _register_fusion
-from hf_swiglu.patching.load import patch_on_load
-from hf_swiglu.patching.patch import patch_model, unpatch_model
+from hf_swiglu.patching.patch_model import patch_model, unpatch_model
+from hf_swiglu.patching.patch_on_load import patch_on_load
 from hf_swiglu.patching.report import PatchReport
 
 __all__ = [

@@ -40,7 +40,7 @@ def _private(module: str, path: str, without: str) -> Any:
     return found
 
 
-# Interception of a call before its kernel: see `interception`.
+# Interception of a call before its kernel: see `torch_modes`.
 _interpreters: Callable[[], object] | None = _private("torch", "_C._functorch.peek_interpreter_stack", _KERNELS)
 _dual_level: int | None = _private("torch.autograd", "forward_ad._current_level", _KERNELS)
 _is_tracing: Callable[[], bool] | None = _private("torch", "_C._is_tracing", "nothing: torch.jit.is_tracing is called")

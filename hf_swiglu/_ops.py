@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_swiglu import backends
-from hf_swiglu.interception import is_observed
 from hf_swiglu.reference import GLUParams
+from hf_swiglu.torch_modes import is_observed
 
 library = torch.library.Library("hf_swiglu", "DEF")
 library.define("swiglu_fwd(Tensor gate, Tensor? up, Tensor(a!) out, int power=1, float[]? limits=None) -> ()")

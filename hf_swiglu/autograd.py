@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hf_swiglu import _compat, reference
 from hf_swiglu._ops import launch_bwd, launch_fwd
-from hf_swiglu.interception import is_transformed
 from hf_swiglu.reference import LAYOUTS, GLUParams
-from hf_swiglu.saved import gradient_outputs
+from hf_swiglu.saved_tensors import gradient_outputs
+from hf_swiglu.torch_modes import is_transformed
 
 
 def new_product(gate: Tensor, up: Tensor | None, params: GLUParams) -> Tensor:

@@ -20,8 +20,8 @@ from torch.compiler import is_dynamo_compiling
 
 from hf_swiglu import _ops, autograd, backends, reference
 from hf_swiglu.backends import KERNEL_DTYPES
-from hf_swiglu.interception import is_captured, is_intercepted, is_tracing, is_transformed
 from hf_swiglu.reference import LAYOUTS, SILU, GLUParams
+from hf_swiglu.torch_modes import is_captured, is_intercepted, is_tracing, is_transformed
 
 # Up to this many elements plain PyTorch is faster, or no slower: with a backward, where an autograd.Function adds up to
 # 10 us to eager's 33; and without one where the tensors are not contiguous. Eager's time over the kernel's, float32 and

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.models import tiny_llama
 
-from benchmarks import charts, cli, contenders, kernels, long_sequences, mlps, rows, suite, whole_models
+from benchmarks import charts, cli, contenders, kernels, long_sequences, mlps, result_rows, suite, whole_models
 from hf_swiglu import patch_model
 from hf_swiglu.commands.models import copy_sharing_parameters
 from hf_swiglu.commands.timing import Ratio, Times, take_turns
@@ -134,7 +134,7 @@ def test_the_last_row_of_a_case_counts(written):
     again["contenders"]["eager"]["us"] = 1.5
     with file.open("a") as stream:
         stream.write(json.dumps(again) + "\n")
-    found = rows.read([file])
+    found = result_rows.read([file])
     assert len(found) == len(measured) and found[-1]["contenders"]["eager"]["us"] == 1.5
 
 
@@ -142,7 +142,7 @@ def test_tables_are_of_the_machine_measured_last(written, tmp_path):
     file, measured = written
     older = [{**row, "kernel": "C kernel, of long ago"} for row in measured]
     file.write_text("".join(json.dumps(row) + "\n" for row in older + measured))
-    assert len(rows.read([file])) == 2 * len(measured)
+    assert len(result_rows.read([file])) == 2 * len(measured)
     page = tmp_path / "page.md"
     page.write_text("<!-- table: kernel -->\n<!-- end of table -->\n")
     charts.plot([file], folder=tmp_path, pages=[page])

@@ -10,7 +10,7 @@ from support.models import HIDDEN, WIDE, GatedMLP, hidden_states
 from torch import nn
 
 from hf_swiglu import patch_model
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 from hf_swiglu.testing import counted_launches
 
 SETTINGS = types.SimpleNamespace(scale=1.0)

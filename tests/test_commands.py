@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hf_swiglu
-from hf_swiglu.commands import cli, demo, doctor, memory
+from hf_swiglu.commands import cli, demo, doctor, peak_memory
 from hf_swiglu.commands.demo import Measurement, Outputs
 from hf_swiglu.commands.timing import Times
 
@@ -240,7 +240,7 @@ def test_peak_memory_counts_live_tensors_once():
         del first, view
         return second + 1
 
-    assert memory.peak_bytes(phase, torch.device("cpu")) == 2 * 1024
+    assert peak_memory.peak_bytes(phase, torch.device("cpu")) == 2 * 1024
 
 
 @pytest.mark.slow

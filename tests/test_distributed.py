@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from hf_swiglu import patch_model, patch_on_load
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 from hf_swiglu.testing import counted_launches
 
 pytestmark = [

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 
 pytestmark = pytest.mark.slow
 

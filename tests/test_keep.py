@@ -33,7 +33,7 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 
 from hf_swiglu import backends, patch_model, patch_on_load, unpatch_model
 from hf_swiglu.commands.cli import main
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 
 needs_kernel = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
 

@@ -92,7 +92,7 @@ def test_no_module_imports_itself_through_others(graph):
         "import hf_swiglu.dispatch",
         "def late():\n    from hf_swiglu.dispatch import swiglu",
         "from hf_swiglu import patch_model",
-        "if True:\n    from hf_swiglu.patching.load import patch_on_load",
+        "if True:\n    from hf_swiglu.patching.patch_on_load import patch_on_load",
     ],
 )
 def test_an_upward_import_is_found(source):

@@ -11,7 +11,7 @@ from support.outcome import outcome
 from torch import nn
 
 from hf_swiglu import patch_model
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 from hf_swiglu.testing import assert_close
 
 

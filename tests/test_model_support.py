@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_swiglu import patch_model
 from tools.model_support import comparison, instances
-from tools.model_support.classification import classify_installed_transformers
+from tools.model_support.gate_classification import classify_installed_transformers
 from tools.model_support.not_mlp_gates import why_not_mlp_gate
 from tools.model_support.page import DECLINED, FAILED, FUSED, NO_GATE, OTHER
 from tools.model_support.small_configs import small_config

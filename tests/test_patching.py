@@ -9,9 +9,9 @@ from support.outcome import outcome
 from torch import nn
 
 from hf_swiglu import PatchReport, dispatch, patch_model, patch_on_load, unpatch_model
-from hf_swiglu.patching import patch
-from hf_swiglu.patching.rewriting import classes
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.patching import patch_model as patch
+from hf_swiglu.patching.rewriting import fused_classes
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 from hf_swiglu.testing import assert_close, counted_launches, why_not_close
 
 FAMILIES = pytest.mark.parametrize("build", [tiny_llama, tiny_phi3])
@@ -115,8 +115,8 @@ def test_one_family_after_another_in_one_model():
 @pytest.mark.parametrize(
     "owner, name, verify",
     [
-        (classes, "fused_over", False),
-        (classes, "set_class", False),
+        (fused_classes, "fused_over", False),
+        (fused_classes, "set_class", False),
         (patch, "compare", True),
         (patch, "_planned", False),
     ],
@@ -190,16 +190,16 @@ def test_verify_finds_a_wrong_fusion_and_restores(monkeypatch, build):
     model = build()
     before = _footprint(model)
 
-    original = classes.fused_over
+    original = fused_classes.fused_over
 
     def wrong(module, x):
-        return classes.original_class(type(module)).forward(module, x) * 1.01
+        return fused_classes.original_class(type(module)).forward(module, x) * 1.01
 
     def broken(cls, *args):
         fused = original(cls, *args)
         return type(cls.__name__, (fused,), {"forward": wrong, "_swiglu_original": cls})
 
-    monkeypatch.setattr(classes, "fused_over", broken)
+    monkeypatch.setattr(fused_classes, "fused_over", broken)
     with pytest.raises(RuntimeError, match=f"verify=True.*{type(_first_mlp(model)).__name__}"):
         patch_model(model, verify=True)
     assert _footprint(model) == before

@@ -13,8 +13,8 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_swiglu import patch_model, unpatch_model
-from hf_swiglu.commands import memory
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.commands import peak_memory
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 from hf_swiglu.testing import counted_launches
 
 
@@ -53,10 +53,10 @@ def test_gates_memory_is_reused_by_plain_pytorch_too(activation, saved):
     model.act = ACT2FN[activation]
     model.double()
     with torch.no_grad():
-        expected, eager_peak = model(x), memory.peak_bytes(lambda: model(x), x.device)
+        expected, eager_peak = model(x), peak_memory.peak_bytes(lambda: model(x), x.device)
         patch_model(model)
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
-        peak = memory.peak_bytes(lambda: model(x), x.device)
+        peak = peak_memory.peak_bytes(lambda: model(x), x.device)
     assert peak == eager_peak - saved * expected.shape[:-1].numel() * WIDE * x.element_size()
 
 
@@ -131,7 +131,7 @@ def test_a_packed_gates_memory_is_reused_where_the_projection_reads_it_in_place(
         torch.testing.assert_close(mlp(x), expected)
         # Gate and up, and the output.
         allocated = x.shape[:-1].numel() * (2 * WIDE + HIDDEN) * x.element_size()
-        assert memory.peak_bytes(lambda: mlp(x), x.device) == allocated
+        assert peak_memory.peak_bytes(lambda: mlp(x), x.device) == allocated
     assert _reuses_gate(mlp) and not _reuses_gate(mlp, grad=True)
 
     kept = []

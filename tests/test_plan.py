@@ -17,8 +17,8 @@ from transformers import (
 from hf_swiglu import backends, patch_model
 from hf_swiglu.commands import models
 from hf_swiglu.commands.cli import main
-from hf_swiglu.commands.memory import peak_bytes
 from hf_swiglu.commands.models import ModelError
+from hf_swiglu.commands.peak_memory import peak_bytes
 from hf_swiglu.commands.plan import SETTINGS, plan_memory, read_bytes
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")

@@ -16,9 +16,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from hf_swiglu import patch_model, unpatch_model
-from hf_swiglu.patching import patch
-from hf_swiglu.patching.rewriting import classes
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.patching import patch_model as patch
+from hf_swiglu.patching.rewriting import fused_classes
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 
 WIDTH = 32
 CONFIG = SIZES | {"hidden_size": WIDTH, "intermediate_size": 96}
@@ -223,8 +223,8 @@ def test_a_fault_at_any_step_leaves_the_model_untouched(seed, monkeypatch):
     model = build(rng)
     before = [(type(module), dict(vars(module))) for module in model.modules()]
     places = [
-        (classes, "fused_over"),
-        (classes, "set_class"),
+        (fused_classes, "fused_over"),
+        (fused_classes, "set_class"),
         (patch, "_planned"),
         (patch, "survey"),
         (patch, "compare"),

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_swiglu import patch_model
 from hf_swiglu.patching.recognition import methods
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 
 
 @pytest.mark.parametrize("build, kind", [(tiny_llama, "separate"), (tiny_phi3, "packed")])

@@ -11,7 +11,7 @@ from test_memory import llama, phi3
 from torch.autograd.graph import saved_tensors_hooks
 
 from hf_swiglu import backends, patch_model
-from hf_swiglu.commands.memory import peak_bytes
+from hf_swiglu.commands.peak_memory import peak_bytes
 
 needs_kernel = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
 

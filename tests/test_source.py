@@ -10,7 +10,7 @@ import unittest.mock
 
 import pytest
 
-from hf_swiglu.patching.recognition.source import NoSource, method_tree, rebuild
+from hf_swiglu.patching.recognition.method_source import NoSource, method_tree, rebuild
 
 MODULES = [argparse, fractions, inspect, json.decoder, logging, textwrap, unittest.mock]
 

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.activations import SiLUActivation
 
 from hf_swiglu import SwiGLU, patch_model, unpatch_model
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 from hf_swiglu.testing import counted_launches
 
 
@@ -204,14 +204,14 @@ def test_an_unknown_activation(activation):
 
 
 def test_an_error_after_the_swap_restores_model_and_config(monkeypatch):
-    from hf_swiglu.patching.rewriting import classes
+    from hf_swiglu.patching.rewriting import fused_classes
 
     def failing(*args):
         raise KeyError("after the swap")
 
     model = tiny_llama()
     before = _state(model)
-    monkeypatch.setattr(classes, "fused_over", failing)
+    monkeypatch.setattr(fused_classes, "fused_over", failing)
     with pytest.raises(KeyError, match="after the swap"):
         patch_model(model, activation="swiglu")
     assert _state(model) == before
@@ -268,7 +268,7 @@ def test_an_adapter_of_a_swapped_model_is_warned_of(tmp_path, caplog):
 
 
 def test_a_swap_that_fails_goes_back_one_step_and_undo_to_the_beginning(monkeypatch):
-    from hf_swiglu.patching.rewriting import classes
+    from hf_swiglu.patching.rewriting import fused_classes
 
     model = tiny_llama(hidden_act="gelu")
     before = _state(model)
@@ -280,7 +280,7 @@ def test_a_swap_that_fails_goes_back_one_step_and_undo_to_the_beginning(monkeypa
 
     unpatch = [module for module in model.modules() if isinstance(module, FusedModule)]
     with monkeypatch.context() as patch:
-        patch.setattr(classes, "is_fused_with", failing)
+        patch.setattr(fused_classes, "is_fused_with", failing)
         with pytest.raises(KeyError, match="half-way"):
             patch_model(model, activation="swiglu")
     assert _state(model) == once and unpatch

@@ -14,8 +14,8 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_swiglu import patch_model
-from hf_swiglu.commands.memory import peak_bytes
-from hf_swiglu.patching.memory import rowwise
+from hf_swiglu.commands.peak_memory import peak_bytes
+from hf_swiglu.patching.memory import rowwise_proof
 
 ROWWISE = {
     "functional_silu", "factors_swapped", "packed_gate_first", "packed_gate_last", "packed_slices",
@@ -32,7 +32,7 @@ REPEATABLE = {"packed_along_tokens", "branches_on_a_missing_argument", "returns_
 @pytest.mark.parametrize("name", LOOKALIKES)
 def test_what_is_shown_of_a_forward(name):
     module = LOOKALIKES[name][0]()
-    shown = rowwise.shown(module, type(module))
+    shown = rowwise_proof.shown(module, type(module))
     assert (name in ROWWISE) == (not shown.not_rowwise), shown
     assert (name in ROWWISE | REPEATABLE) == (not shown.not_repeatable), shown
 
@@ -114,7 +114,7 @@ MORE = {
 def test_what_is_shown_of_children_and_weights(name):
     build, repeatable, independent = MORE[name]
     module = build()
-    shown = rowwise.shown(module, type(module))
+    shown = rowwise_proof.shown(module, type(module))
     assert (not shown.not_repeatable, not shown.not_rowwise) == (repeatable, independent), shown
     plain, patched = module.train(), copy.deepcopy(module)
     report = patch_model(nn.Sequential(patched), tile=16, verify=not isinstance(module, (Scaled, Batched)))

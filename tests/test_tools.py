@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hf_swiglu import patch_model, unpatch_model
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 from hf_swiglu.testing import counted_launches
 
 

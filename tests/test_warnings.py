@@ -4,7 +4,14 @@ import warnings
 
 import pytest
 
-OURS = ["hf_swiglu", "hf_swiglu.patching.load", "support.models", "test_anything", "finetune", "benchmarks.kernels"]
+OURS = [
+    "hf_swiglu",
+    "hf_swiglu.patching.patch_on_load",
+    "support.models",
+    "test_anything",
+    "finetune",
+    "benchmarks.kernels",
+]
 # As a library warns: the warning belongs to the module that calls `old`.
 LIBRARY = "def old(warnings, category): warnings.warn('old is deprecated', category, stacklevel=2)"
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_swiglu.commands import doctor, models
 from hf_swiglu.commands.inspection import nothing_to_fuse
-from hf_swiglu.commands.memory import peak_bytes
+from hf_swiglu.commands.peak_memory import peak_bytes
 from hf_swiglu.commands.phases import (
     DECODED_TOKENS,
     PREFILL_TOKENS,
@@ -24,7 +24,7 @@ from hf_swiglu.commands.phases import (
     sample_tokens,
 )
 from hf_swiglu.commands.timing import Ratio, Times, take_turns
-from hf_swiglu.patching.patch import patch_model
+from hf_swiglu.patching.patch_model import patch_model
 from hf_swiglu.patching.report import PatchReport
 
 _WINDOW = 256

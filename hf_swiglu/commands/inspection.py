@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_swiglu.commands.models import ModelError, load_config, resolve
-from hf_swiglu.patching.patch import patch_model
+from hf_swiglu.patching.patch_model import patch_model
 from hf_swiglu.patching.report import PatchReport
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_swiglu.commands.inspection import build_on_meta, nothing_to_fuse
 from hf_swiglu.commands.models import ModelError, load_config, resolve
 from hf_swiglu.commands.simulation import ATTENTION, Cost, simulate
-from hf_swiglu.patching.patch import patch_model, unpatch_model
+from hf_swiglu.patching.patch_model import patch_model, unpatch_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TILE = 1024

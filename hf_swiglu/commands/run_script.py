@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from hf_swiglu.patching.load import patched_process, process_session
+from hf_swiglu.patching.patch_on_load import patched_process, process_session
 
 
 def run_script(target: str, arguments: Sequence[str] = (), *, module: bool = False) -> None:

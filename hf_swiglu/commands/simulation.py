@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 
 from hf_swiglu import _compat
-from hf_swiglu.commands.memory import LiveBytes, storages
+from hf_swiglu.commands.peak_memory import LiveBytes, storages
 
 ATTENTION = "hf_swiglu_simulated"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from hf_swiglu import _compat
-from hf_swiglu.patching.patch import patch_model
+from hf_swiglu.patching.patch_model import patch_model
 from hf_swiglu.patching.survey import survey
 
 NAME = "swiglu"

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from hf_swiglu.patching.recognition.gated_mlps import Found, recognise
 from hf_swiglu.patching.recognition.methods import Method, methods_of
-from hf_swiglu.patching.recognition.recognise import Found, recognise
 
 
 def survey(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, Found]]:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.activations import ACT2CLS, ACT2FN
 
 from hf_swiglu.patching.activations import ACTIVATION_CLASSES, ACTIVATION_PARAMS
-from hf_swiglu.patching.recognition.recognise import Found
+from hf_swiglu.patching.recognition.gated_mlps import Found
 
 _logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_swiglu import _compat
-from hf_swiglu.patching.recognition.recognise import Found
-from hf_swiglu.patching.rewriting.classes import FusedModule, original_class, set_class, wrapper_of
+from hf_swiglu.patching.recognition.gated_mlps import Found
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule, original_class, set_class, wrapper_of
 from hf_swiglu.patching.survey import survey
 
 # Relative to the output's norm, in units of the dtype's epsilon. GELU in place of SiLU differs by more than 1e-2.

@@ -20,7 +20,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 
 HIDDEN, WIDE, VOCABULARY = 64, 320, 128
 SIZES = {

@@ -5,7 +5,7 @@ Takes minutes. `make coverage` runs it.
 
 import sys
 
-from tools.model_support.classification import classify_installed_transformers
+from tools.model_support.gate_classification import classify_installed_transformers
 
 
 def main() -> None:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hf_swiglu.patching.memory import children, rowwise
+from hf_swiglu.patching.memory import child_modules, rowwise_proof
 from hf_swiglu.patching.memory.settings import DEFAULT_KEEP, Memory
-from hf_swiglu.patching.recognition.matching import Gated, consumer, first_projection
+from hf_swiglu.patching.recognition.gated_mlps import Choice
+from hf_swiglu.patching.recognition.gated_products import Gated, consumer, first_projection
 from hf_swiglu.patching.recognition.methods import value_of
-from hf_swiglu.patching.recognition.recognise import Choice
 
 
 def effective_setting(
@@ -20,14 +20,14 @@ def effective_setting(
     names = {choice.method.name for choice in choices}
     if kind == "experts" or "_apply_gate" in names:
         return _without(requested, "its experts share the rows")
-    shown = rowwise.shown(module, original)
+    shown = rowwise_proof.shown(module, original)
     if shown.not_repeatable:
         return _without(requested, shown.not_repeatable)
     if requested.keep == 1 and (reason := _first_cannot_be_kept(choices, module)):
         return Memory(DEFAULT_KEEP, repeats=True), f"keep=1 is not possible: {reason}"
     if requested.tile is None:
         return requested._replace(repeats=True), ""
-    reason = "its projections gather their weights" if children.communicates(module) else shown.not_rowwise
+    reason = "its projections gather their weights" if child_modules.communicates(module) else shown.not_rowwise
     if reason:
         return Memory(0, repeats=True), f"not tiled: {reason}"
     return requested._replace(repeats=True), ""

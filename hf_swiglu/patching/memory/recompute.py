@@ -16,7 +16,7 @@ from torch import Tensor, is_grad_enabled, nn
 
 from hf_swiglu import _compat, autograd
 from hf_swiglu.patching.activations import has_no_hooks
-from hf_swiglu.patching.memory import composites
+from hf_swiglu.patching.memory import dropout_projections
 
 # Libraries whose projections read their input and never write to it, and whose hooks act on weights and devices only.
 # Other code may write through `.data`, which autograd does not detect.
@@ -61,7 +61,7 @@ class _NodeProduct:
 def call_with_packed(down: nn.Module, product: Tensor, recomputable: Any) -> Tensor:
     """`down(product)`; the graph keeps `recomputable.recomputation()` in place of the product."""
     with torch.autograd.graph.saved_tensors_hooks(*_hooks(product, recomputable)):
-        return composites.call(down, product)
+        return dropout_projections.call(down, product)
 
 
 def call(down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:

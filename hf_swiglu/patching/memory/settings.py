@@ -20,7 +20,7 @@ class Memory(NamedTuple):
 
     keep: int = DEFAULT_KEEP
     tile: int | None = None
-    # Whether a run of the forward may be repeated in backward: shown from its source, see `rowwise`.
+    # Whether a run of the forward may be repeated in backward: shown from its source, see `rowwise_proof`.
     repeats: bool = False
 
     def __str__(self) -> str:

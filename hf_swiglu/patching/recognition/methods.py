@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_swiglu.patching.recognition.flow import Flow
-from hf_swiglu.patching.recognition.matching import Chain, Gated, chains_at, gated_at
-from hf_swiglu.patching.recognition.source import NoSource, mangled, method_tree
+from hf_swiglu.patching.recognition.gated_products import Chain, Gated, chains_at, gated_at
+from hf_swiglu.patching.recognition.method_source import NoSource, mangled, method_tree
 
 # Modules with long methods that do not belong to a model.
 _FOREIGN = ("torch.", "transformers.modeling_utils", "transformers.generation.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_swiglu import _compat
-from hf_swiglu.interception import is_transformed
+from hf_swiglu.torch_modes import is_transformed
 
 
 def counts(tensor: Tensor) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_swiglu.patching.activations import ACTIVATION_CLASSES, OTHER_FUNCTIONS, is_sigmoid, params_of
 from hf_swiglu.patching.recognition.flow import same
-from hf_swiglu.patching.recognition.matching import Chain, Gated
+from hf_swiglu.patching.recognition.gated_products import Chain, Gated
 from hf_swiglu.patching.recognition.methods import UNKNOWN, Method, value_of
 from hf_swiglu.reference import SILU, GLUParams
 

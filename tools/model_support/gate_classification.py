@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from hf_swiglu.patching.recognition.recognise import Found
+from hf_swiglu.patching.recognition.gated_mlps import Found
 from hf_swiglu.patching.survey import survey
 from tools.model_support.comparison import NoComparison, why_different
 from tools.model_support.instances import Instance, Instances, build_instances, import_modeling_files
@@ -31,7 +31,7 @@ def classify_installed_transformers() -> ModelSupport:
     """Scans, builds and compares all classes of the installed transformers; takes a minute or two.
 
     Example:
-        >>> from tools.model_support.classification import classify_installed_transformers
+        >>> from tools.model_support.gate_classification import classify_installed_transformers
         >>> classify_installed_transformers().totals["failed"]  # doctest: +SKIP
         0
     """

@@ -21,11 +21,11 @@ from torch.nn.utils import parametrize
 
 from hf_swiglu import _compat
 from hf_swiglu.patching.activations import fusable
-from hf_swiglu.patching.memory import compiled, forwards, recompute, regions
+from hf_swiglu.patching.memory import checkpointed_forward, recompute, tiled_forward, under_compile
 from hf_swiglu.patching.memory.settings import Memory
-from hf_swiglu.patching.recognition.recognise import Choice
-from hf_swiglu.patching.rewriting import fusing
-from hf_swiglu.patching.rewriting.rewrite import rewrite
+from hf_swiglu.patching.recognition.gated_mlps import Choice
+from hf_swiglu.patching.rewriting import fused_calls
+from hf_swiglu.patching.rewriting.rewritten_methods import rewrite
 
 
 class FusedModule(nn.Module):
@@ -119,7 +119,7 @@ def fused_class(original: type[nn.Module], choices: Sequence[Choice], memory: Me
             members = methods if is_reached else layers.setdefault(owner, {})
             members[method.name] = rewrite(method, choice.products, runtime, owner, keeps_first=memory.keep == 1)
         if memory.keep < 2:
-            methods["forward"] = forwards.outer(methods.get("forward"), original, memory)
+            methods["forward"] = tiled_forward.outer(methods.get("forward"), original, memory)
         between = [_subclass(owner, (owner,), layers[owner]) for owner in original.__mro__ if owner in layers]
         members = {
             **methods,
@@ -200,14 +200,21 @@ def bound_forwards(module: nn.Module) -> list[str]:
 def _runtime(memory: Memory) -> dict[str, Any]:
     """The functions that rewritten methods call, by their names in rewritten code."""
     project = recompute.project if memory.keep == 2 else recompute.call
-    functions = (fusing.gated, fusing.times, fusing.family, fusing.chained, fusing.packed, fusable)
+    functions = (
+        fused_calls.gated,
+        fused_calls.times,
+        fused_calls.family,
+        fused_calls.chained,
+        fused_calls.packed,
+        fusable,
+    )
     return {
         "fused": FusedModule,
         "is_compiling": is_dynamo_compiling,
-        "project": regions.project if memory.keep < 2 else project,
-        "keep_output": regions.keep_output,
-        "call_original": compiled.caller(memory),
-        "call": compiled.call,
+        "project": checkpointed_forward.project if memory.keep < 2 else project,
+        "keep_output": checkpointed_forward.keep_output,
+        "call_original": under_compile.caller(memory),
+        "call": under_compile.call,
         **{function.__name__: function for function in functions},
     }
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from hf_swiglu import _compat
-from hf_swiglu.interception import is_tracing, is_transformed
-from hf_swiglu.patching.memory import children, compiled, regions, rowwise
+from hf_swiglu.patching.memory import checkpointed_forward, child_modules, rowwise_proof, under_compile
 from hf_swiglu.patching.memory.settings import Memory
+from hf_swiglu.torch_modes import is_tracing, is_transformed
 
 # With fewer rows there is no recomputation.
 SMALLEST_RECOMPUTED = 32
@@ -26,7 +26,7 @@ SMALLEST_RECOMPUTED = 32
 
 def outer(rewritten: object, original: type[nn.Module], memory: Memory) -> Callable[..., Any]:
     """A forward that calls `rewritten`, or the forward of `original` where it is not rewritten."""
-    call_compiled = compiled.caller(memory)
+    call_compiled = under_compile.caller(memory)
     code = getattr(inspect.unwrap(original.forward), "__code__", None)
     parameter = code.co_varnames[1] if code is not None and code.co_argcount > 1 else ""
 
@@ -73,7 +73,7 @@ def _needs_gradients(module: nn.Module, x: Tensor) -> bool:
 
 def _without_gradients(inner: Callable, module: nn.Module, x: Tensor, original: type, memory: Memory) -> Tensor:
     tile = memory.tile
-    if tile is None or not _may_be_cut(module, x, tile) or rowwise.shown(module, original).not_rowwise:
+    if tile is None or not _may_be_cut(module, x, tile) or rowwise_proof.shown(module, original).not_rowwise:
         return inner(module, x)
     rows, out = x.reshape(-1, x.shape[-1]), None
     for start in range(0, len(rows), tile):
@@ -87,15 +87,15 @@ def _without_gradients(inner: Callable, module: nn.Module, x: Tensor, original: 
 
 def _with_gradients(inner: Callable, module: nn.Module, x: Tensor, original: type, memory: Memory) -> Tensor:
     # Where the projections communicate, all processes must call them equally often, for any number of rows.
-    if _rows(x) < SMALLEST_RECOMPUTED and not children.communicates(module):
+    if _rows(x) < SMALLEST_RECOMPUTED and not child_modules.communicates(module):
         return inner(module, x)
-    shown = rowwise.shown(module, original)
+    shown = rowwise_proof.shown(module, original)
     if shown.not_repeatable:
         return inner(module, x)
     forward = functools.partial(inner, module)
     if memory.tile is None or shown.not_rowwise or not _may_be_cut(module, x, memory.tile):
-        return regions.run(forward, x)
-    parts = [regions.run(forward, rows) for rows in x.reshape(-1, x.shape[-1]).split(memory.tile)]
+        return checkpointed_forward.run(forward, x)
+    parts = [checkpointed_forward.run(forward, rows) for rows in x.reshape(-1, x.shape[-1]).split(memory.tile)]
     return torch.cat(parts).reshape(*x.shape[:-1], parts[0].shape[-1])
 
 
@@ -105,7 +105,7 @@ def _may_be_cut(module: nn.Module, x: Tensor, tile: int) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and x.layout is torch.strided
         and not x.is_nested
-        and not children.communicates(module)
+        and not child_modules.communicates(module)
     )
 
 

@@ -13,11 +13,11 @@ from hf_swiglu import _compat
 from hf_swiglu.patching import swap
 from hf_swiglu.patching.memory.planning import effective_setting
 from hf_swiglu.patching.memory.settings import DEFAULT_KEEP, Memory, checked
-from hf_swiglu.patching.recognition.recognise import Found
-from hf_swiglu.patching.recognition.source import NoSource
+from hf_swiglu.patching.recognition.gated_mlps import Found
+from hf_swiglu.patching.recognition.method_source import NoSource
 from hf_swiglu.patching.report import ALREADY_FUSED, FUSED, MEMORY_ONLY, SKIPPED, Entry, PatchReport, Verdict
-from hf_swiglu.patching.rewriting import classes
-from hf_swiglu.patching.rewriting.classes import FusedModule
+from hf_swiglu.patching.rewriting import fused_classes
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 from hf_swiglu.patching.survey import choose, survey
 from hf_swiglu.patching.verify import compare
 
@@ -100,8 +100,8 @@ def patch_model(
                 if planned.fused is not None:
                     if verify:
                         compare(planned.module, planned.entry.name, type(planned.module), planned.fused, planned.found)
-                    restore.callback(classes.set_class, planned.module, type(planned.module))
-                    classes.set_class(planned.module, planned.fused)
+                    restore.callback(fused_classes.set_class, planned.module, type(planned.module))
+                    fused_classes.set_class(planned.module, planned.fused)
             restore.pop_all()
     return report
 
@@ -129,13 +129,13 @@ def unpatch_model(model: nn.Module) -> int:
         raise TypeError(f"unpatch_model: model must be a torch.nn.Module; got {type(model).__name__}")
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedModule)]
     for name, module in modules:
-        if classes.wrapper_of(type(module)) is not None:
+        if fused_classes.wrapper_of(type(module)) is not None:
             raise RuntimeError(
                 f"unpatch_model: {name} was wrapped as {type(module).__name__} by "
-                f"{classes.wrapper_of(type(module))} after it was fused; unpatch a model before wrapping it"
+                f"{fused_classes.wrapper_of(type(module))} after it was fused; unpatch a model before wrapping it"
             )
     for _, module in modules:
-        classes.set_class(module, classes.original_class(type(module)))
+        fused_classes.set_class(module, fused_classes.original_class(type(module)))
     return len({module for _, module in modules} | set(swap.restore(model)))
 
 
@@ -152,25 +152,25 @@ def _planned(name: str, module: nn.Module, found: Found, requested: Memory) -> _
 
     choices = found.choices or (found.memory_only if requested.keep < DEFAULT_KEEP else ())
     if not choices:
-        was_patched = isinstance(module, FusedModule) and classes.wrapper_of(type(module)) is None
+        was_patched = isinstance(module, FusedModule) and fused_classes.wrapper_of(type(module)) is None
         return dataclasses.replace(
-            skipped(found.reason), fused=classes.original_class(type(module)) if was_patched else None
+            skipped(found.reason), fused=fused_classes.original_class(type(module)) if was_patched else None
         )
-    original = classes.original_class(type(module)) if isinstance(module, FusedModule) else type(module)
+    original = fused_classes.original_class(type(module)) if isinstance(module, FusedModule) else type(module)
     memory, note = effective_setting(requested, module, original, choices, found.kind)
     verdict = FUSED if found.choices else MEMORY_ONLY
     if verdict == MEMORY_ONLY and memory.keep >= DEFAULT_KEEP:
         return skipped(f"{found.reason}; {note}")
     if isinstance(module, FusedModule):
-        if classes.is_fused_with(type(module), choices, memory):
+        if fused_classes.is_fused_with(type(module), choices, memory):
             return planned(ALREADY_FUSED if found.choices else MEMORY_ONLY, None)
-        wrapper = classes.wrapper_of(type(module))
+        wrapper = fused_classes.wrapper_of(type(module))
         if wrapper is not None:
             return skipped(f"it was fused with other options, and then wrapped by {wrapper}")
-    if {"forward", _compat.ACCELERATE_FORWARD} & vars(module).keys() and not classes.bound_forwards(module):
+    if {"forward", _compat.ACCELERATE_FORWARD} & vars(module).keys() and not fused_classes.bound_forwards(module):
         return skipped("its forward was replaced on the instance, by something other than accelerate's hooks")
     try:
-        return planned(verdict, classes.fused_over(original, choices, memory))
+        return planned(verdict, fused_classes.fused_over(original, choices, memory))
     except NoSource as reason:
         return skipped(str(reason))
     except TypeError as error:

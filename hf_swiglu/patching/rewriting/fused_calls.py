@@ -73,7 +73,7 @@ def family(
 
 
 def chained(params: GLUParams, activation: Activation | None, last_use: bool, *, gate: Tensor, up: Tensor) -> Tensor:
-    """The product of a `matching.Chain` with gate and up in two tensors."""
+    """The product of a `gated_products.Chain` with gate and up in two tensors."""
     if type(gate) is not Tensor or type(up) is not Tensor or _rounds_otherwise(params, activation, gate):
         return _plain(params, activation, gate, up)
     if gate.numel() > SMALLEST_REUSED and may_be_written(gate, up) and counts(gate) == owned_counts(last_use):
@@ -90,7 +90,7 @@ def packed(
     module: nn.Module | None = None,
     path: str = "",
 ) -> Tensor:
-    """The product of a `matching.Chain` with gate and up in one tensor; its consumer is `module.path`, if known."""
+    """The product of a `gated_products.Chain` with gate and up in one tensor; its consumer is `module.path`, if known."""
     if type(gate_up) is not Tensor or _rounds_otherwise(params, activation, gate_up):
         return _plain(params, activation, *LAYOUTS[layout](gate_up))
     if (

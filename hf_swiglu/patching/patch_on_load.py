@@ -16,7 +16,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from hf_swiglu.patching.memory.settings import checked
-from hf_swiglu.patching.patch import patch_model
+from hf_swiglu.patching.patch_model import patch_model
 from hf_swiglu.patching.report import ALREADY_FUSED, FUSED, PatchReport
 from hf_swiglu.patching.verify import compare_fused
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from hf_swiglu.patching.memory.recompute import is_every_call_intercepted
-from hf_swiglu.patching.memory.scopes import ROWS, NotShown, Scope
+from hf_swiglu.patching.memory.source_evaluation import ROWS, NotShown, Scope
+from hf_swiglu.patching.recognition.method_source import NoSource, method_tree
 from hf_swiglu.patching.recognition.methods import UNKNOWN
-from hf_swiglu.patching.recognition.source import NoSource, method_tree
 
 _DEPTH = 4
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_swiglu import _compat
-from hf_swiglu.patching.memory import composites, recompute
+from hf_swiglu.patching.memory import dropout_projections, recompute
 
 _state = threading.local()
 
@@ -109,7 +109,7 @@ class _Region:
             return projection(x)
         output = self._with_outer_hooks(projection, x)
         holder = self._with_outer_hooks(_Saved.apply, _requiring_gradient(), output)
-        set_random_state = _random_state(output.device) if composites.drops(projection) else None
+        set_random_state = _random_state(output.device) if dropout_projections.drops(projection) else None
         self._kept.append((holder, output.requires_grad, set_random_state))
         return output
 

@@ -1,4 +1,4 @@
-"""One call of a function, read from its source: the values of its names and expressions. See `rowwise`."""
+"""One call of a function, read from its source: the values of its names and expressions. See `rowwise_proof`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_swiglu.patching.memory import children
-from hf_swiglu.patching.memory.operators import (
+from hf_swiglu.patching.memory import child_modules
+from hf_swiglu.patching.memory.rowwise_operators import (
     FUNCTIONS,
     LINEAR,
     METHODS,
@@ -21,8 +21,8 @@ from hf_swiglu.patching.memory.operators import (
     SPLITS,
     acts_on_last_dimension,
 )
+from hf_swiglu.patching.recognition.method_source import mangled
 from hf_swiglu.patching.recognition.methods import UNKNOWN, attribute_of, free_value
-from hf_swiglu.patching.recognition.source import mangled
 
 _ARITHMETIC = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -241,12 +241,12 @@ class Scope:
     def _module(self, child: nn.Module, arguments: list, named: dict) -> Any:
         if len(arguments) != 1 or named:
             raise NotShown(f"its {self._function.__name__} calls a {type(child).__name__} with several arguments")
-        if getattr(child, "inplace", False) or not children.has_trusted_forward(child):
+        if getattr(child, "inplace", False) or not child_modules.has_trusted_forward(child):
             raise NotShown(f"a {type(child).__name__} in it works in place, or has a user-defined forward")
-        reason = children.not_rowwise(child)
+        reason = child_modules.not_rowwise(child)
         if reason is None:
             reason = self._module_by_source(child, arguments[0])
-        reason = children.user_hooks(child) or reason
+        reason = child_modules.user_hooks(child) or reason
         if reason:
             self._reading.note(reason)
         return arguments[0] if isinstance(arguments[0], _Rows) else OTHER
@@ -256,7 +256,7 @@ class Scope:
         try:
             returned = inner.call(type(child).forward, [child, argument], self._depth + 1)
         except NotShown:
-            if not children.may_run_again(child):
+            if not child_modules.may_run_again(child):
                 raise
             return f"a {type(child).__name__} in it is not known to treat rows independently"
         return (

@@ -6,7 +6,8 @@
                             if (p := fusable(f := self.act_fn)) else f(self.gate_proj(x)) * self.up_proj(x))
 
 and a `Chain` becomes an `if` statement with the original statements under `else`. Where the call does not fuse, the
-original expressions run: the same calls, in the same order. `fusing`, and `recompute` or `regions`, define the calls.
+original expressions run: the same calls, in the same order. `fused_calls`, and `recompute` or
+`checkpointed_forward`, define the calls.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import types
 from collections.abc import Sequence
 
 from hf_swiglu.patching.recognition.flow import Flow, same
-from hf_swiglu.patching.recognition.matching import Chain, Gated, consumer, first_projection
+from hf_swiglu.patching.recognition.gated_products import Chain, Gated, consumer, first_projection
+from hf_swiglu.patching.recognition.method_source import NoSource, rebuild, with_closure
 from hf_swiglu.patching.recognition.methods import Method
-from hf_swiglu.patching.recognition.source import NoSource, rebuild, with_closure
 
 # Prefix of the names that rewriting adds.
 _PREFIX = "_swiglu_"
