@@ -203,7 +203,7 @@ def saved_tensors_default_hooks() -> tuple[Callable, Callable] | None:
     return _default_hooks(True)
 
 
-# Without these two names, keep=0 and keep=1 keep what keep=2 does.
+# Without these two names, keep=0 and keep=1 behave as keep=2.
 can_suspend_hooks = None not in (_pop_hooks, _push_hooks)
 
 
