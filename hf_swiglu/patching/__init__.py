@@ -3,7 +3,7 @@
 patch_model, swap, verify, report      `patch_model`, `unpatch_model`, and the report
 patch_on_load, fusion_config           patching while a model is built
 survey, activations                    the gated products of a model; which activations are SiLU or SwiGLU, and fusable
-rewriting/                             the class whose methods fuse the products, and the functions that these methods call
+rewriting/                             the class whose methods fuse the products, and what these methods call
 memory/                                the tensors that are kept for backward: keep and tile
 recognition/                           the gated products in the source of a class's methods
 """

@@ -28,6 +28,9 @@ def save_matrix_products(context, operator, *args, **kwargs) -> CheckpointPolicy
     return CheckpointPolicy.MUST_SAVE if operator in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+# An exported program has no backward of its own. torch 2.6 has no such function.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
 _keeps_two = functools.partial(create_selective_checkpoint_contexts, save_matrix_products)
 
 
@@ -44,12 +47,12 @@ def call(forward, *args, **kwargs):
 
 
 def _call_keeping_two(forward, *args, **kwargs):
-    if not is_dynamo_compiling() or not torch.is_grad_enabled():
+    if not is_dynamo_compiling() or not torch.is_grad_enabled() or is_exporting():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=_keeps_two, **kwargs)
 
 
 def _call_keeping_none(forward, *args, **kwargs):
-    if not is_dynamo_compiling() or not torch.is_grad_enabled():
+    if not is_dynamo_compiling() or not torch.is_grad_enabled() or is_exporting():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
