@@ -90,7 +90,7 @@ def packed(
     module: nn.Module | None = None,
     path: str = "",
 ) -> Tensor:
-    """The product of a `gated_products.Chain` with gate and up in one tensor, which `module.path` consumes, if known."""
+    """The product of a `Chain` with gate and up in one tensor, which `module.path` consumes, if known."""
     if type(gate_up) is not Tensor or _rounds_otherwise(params, activation, gate_up):
         return _plain(params, activation, *LAYOUTS[layout](gate_up))
     if (
