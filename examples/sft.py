@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from finetune import SMOLLM2
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from hf_swiglu import models, patch_model
+from hf_swiglu import patch_model
 
 QUESTIONS = {
     "What does a gate do in a gated MLP?": "It scales each feature of the up projection before the down projection.",
@@ -50,12 +52,13 @@ def train(model, tokenizer, out: Path, steps: int, lora: int = 0) -> SFTTrainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=models.PACKAGED, help="a model whose tokenizer has a chat template")
+    parser.add_argument("--model", default=SMOLLM2, help="a model whose tokenizer has a chat template")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--lora", type=int, default=0, metavar="RANK")
     parser.add_argument("--out", type=Path, default=Path("tuned"))
     options = parser.parse_args()
-    model, tokenizer = models.load(models.resolve(options.model), torch.device("cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     print(patch_model(model))
     train(model, tokenizer, options.out, options.steps, options.lora).save_model()
 

@@ -8,10 +8,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from finetune import add_lora, pack, read_text
-from transformers import Trainer, TrainingArguments
+from finetune import SMOLLM2, add_lora, pack, read_text
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_swiglu import models, patch_model
+from hf_swiglu import patch_model
 
 
 def train(model, blocks: torch.Tensor, out: Path, steps: int) -> Trainer:
@@ -31,13 +31,14 @@ def train(model, blocks: torch.Tensor, out: Path, steps: int) -> Trainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=models.PACKAGED)
+    parser.add_argument("--model", default=SMOLLM2, help="Hub id or folder")
     parser.add_argument("--text", nargs="+", type=Path, help="default: Shakespeare")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--lora", type=int, default=0, metavar="RANK")
     parser.add_argument("--out", type=Path, default=Path("trained"))
     options = parser.parse_args()
-    model, tokenizer = models.load(models.resolve(options.model), torch.device("cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     if options.lora:
         model = add_lora(model, options.lora)
     print(patch_model(model))

@@ -2,6 +2,6 @@
 
 import sys
 
-from hf_swiglu.cli import main
+from hf_swiglu.commands.cli import main
 
 sys.exit(main())

@@ -22,6 +22,7 @@ missing: dict[str, str] = {}
 _KERNELS = "every kernel: transforms of functions cannot be told from ordinary calls"
 _DIRECT = "launches past PyTorch's dispatcher: dispatch modes and profilers cannot be told from none"
 _OVERWRITE = "writing a product over its gate: sole ownership of memory cannot be proved"
+_KEEP = "keep=0, keep=1 and tiles in training: two buffers are kept"
 _RECOMPUTE = "computing the product again in backward: three buffers are kept, not two"
 
 
@@ -68,6 +69,10 @@ _default_hooks: Callable[[bool], Any] | None = _private(
 _hooks_enabled: Callable[[], bool] | None = _private(
     "torch", "_C._autograd._saved_tensors_hooks_is_enabled", _RECOMPUTE
 )
+_pop_hooks: Callable[[], None] | None = _private("torch", "_C._autograd._pop_saved_tensors_default_hooks", _KEEP)
+_push_hooks: Callable[[Callable, Callable], None] | None = _private(
+    "torch", "_C._autograd._push_saved_tensors_default_hooks", _KEEP
+)
 _graph_task: Callable[[], int] | None = _private("torch", "_C._current_graph_task_id", _RECOMPUTE)
 _node_class: type | None = _private("torch.autograd", "Function._backward_cls", _RECOMPUTE)
 _is_wrapper: Callable[[Tensor], bool] | None = _private(
@@ -76,6 +81,15 @@ _is_wrapper: Callable[[Tensor], bool] | None = _private(
 _global_hooks: Callable[[], bool] | None = _private(
     "torch.nn.modules.module", "_has_any_global_hook", "fused products: hooks of all modules cannot be told from none"
 )
+
+_global_tables: list[dict | None] = [
+    _private(
+        "torch.nn.modules.module",
+        f"_global_{kind}_hooks",
+        f"while any hook is registered for all modules, {_RECOMPUTE}",
+    )
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 
 # By which C reads tensors itself; `backends.cpu` reads their addresses in Python without it.
 exchange_api: object | None = _private(
@@ -139,8 +153,13 @@ def use_counts(tensor: Tensor) -> tuple[int, int]:
     return _storage_use_count(tensor.untyped_storage()._cdata), _tensor_use_count(tensor)
 
 
-# Dispatch modes of this package that count: they keep and change nothing.
+# Dispatch modes of this package that change nothing of what they see.
 passive_modes: set[type] = set()
+
+
+def _is_passive(mode: object) -> bool:
+    # PyTorch's counter of floating-point operations is one too.
+    return type(mode) in passive_modes or type(mode).__module__ == "torch.utils.flop_counter"
 
 
 def is_any_mode_active() -> bool:
@@ -150,7 +169,7 @@ def is_any_mode_active() -> bool:
     """
     if _dispatch_modes is None or _function_modes is None:
         return True
-    if _dispatch_modes() and (_mode_stack is None or not all(type(mode) in passive_modes for mode in _mode_stack())):
+    if _dispatch_modes() and (_mode_stack is None or not all(map(_is_passive, _mode_stack()))):
         return True
     count = _function_modes()
     if not count:
@@ -158,6 +177,13 @@ def is_any_mode_active() -> bool:
     if _function_mode_at is None or _device_context is None:
         return True
     return not all(type(_function_mode_at(at)) is _device_context for at in range(count))
+
+
+def global_hooks() -> list[Callable]:
+    """The hooks that are registered for every module, as far as PyTorch says which."""
+    if None in _global_tables:
+        return [_unknown]
+    return [hook for table in _global_tables if table is not None for hook in table.values()]
 
 
 def can_pack_saved_tensors() -> bool:
@@ -169,6 +195,22 @@ def saved_tensors_default_hooks() -> tuple[Callable, Callable] | None:
     """(pack, unpack) of the innermost `saved_tensors_hooks`, if there are any."""
     assert _default_hooks is not None
     return _default_hooks(True)
+
+
+# Without these two names, keep=0 and keep=1 keep what keep=2 does.
+can_step_outside_hooks = None not in (_pop_hooks, _push_hooks)
+
+
+def pop_saved_tensors_hooks() -> None:
+    """Take the innermost `saved_tensors_hooks` off."""
+    assert _pop_hooks is not None
+    _pop_hooks()
+
+
+def push_saved_tensors_hooks(pack: Callable, unpack: Callable) -> None:
+    """Put them on again."""
+    assert _push_hooks is not None
+    _push_hooks(pack, unpack)
 
 
 def graph_task() -> int:

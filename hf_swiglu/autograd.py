@@ -138,7 +138,7 @@ def _product_of(params: GLUParams, layout: str | None, saved: list[Tensor], vers
     if [tensor._version for tensor in saved] != versions:
         raise RuntimeError(
             "hf_swiglu: gate or up, which backward needs, has been modified by an inplace operation after the product "
-            "was computed. Clone it first, or patch with recompute=False and find it by PyTorch's own error"
+            "was computed. Clone it first, or patch with keep=3 and find it by PyTorch's own error"
         )
     gate, up = saved if layout is None else LAYOUTS[layout](saved[0])
     return new_product(gate, up, params)

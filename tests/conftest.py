@@ -1,6 +1,12 @@
-"""Small tensors reach the kernels in tests; `test_functional` checks the sizes that the package ships with."""
+"""Fixtures that several test files use."""
 
-from hf_swiglu import backends
+import pytest
+from support.models import tiny_llama
 
-SHIPPED = dict(backends.SMALLEST_KERNEL), dict(backends.SMALLEST_DIFFERENTIATED)
-backends.SMALLEST_DIFFERENTIATED["cpu"] = backends.SMALLEST_KERNEL["cpu"]
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The folder of a saved tiny LLaMA."""
+    folder = str(tmp_path_factory.mktemp("llama"))
+    tiny_llama().save_pretrained(folder)
+    return folder

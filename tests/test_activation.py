@@ -49,7 +49,7 @@ MODELS = {
 
 
 class Foreign(nn.Module):
-    """Somebody else's activation of the same name."""
+    """An activation of another library with the same name."""
 
 
 class ByHand(nn.Module):
@@ -150,7 +150,7 @@ def test_unregistering_leaves_what_others_put_there_since(tables):
     assert all(dict.get(table, "swiglu") is Foreign for table in tables)
 
 
-def test_an_overwritten_entry_does_not_come_back_from_an_earlier_life(tables):
+def test_an_overwritten_entry_is_not_restored_by_a_later_registration(tables):
     unregister()
     for table in tables:
         table["swiglu"] = Foreign
@@ -229,6 +229,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_another_process_reloads_the_same_model(tmp_path):
     model = build("llama")
     model.save_pretrained(tmp_path / "model")

@@ -6,11 +6,12 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from models import HIDDEN, WIDE, CountedOperators, GatedMLP, hidden_states
+from support.models import HIDDEN, WIDE, GatedMLP, hidden_states
 from torch import nn
 
 from hf_swiglu import patch_model
 from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.testing import counted_launches
 
 SETTINGS = types.SimpleNamespace(scale=1.0)
 
@@ -162,14 +163,14 @@ def test_code_replaced_on_a_class_runs(where, monkeypatch):
         monkeypatch.setattr(owner, name, lambda self, x: seen.append(x) or torch.zeros(2, WIDE))
     else:
         monkeypatch.setattr(owner, name, instead)
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         result = module(x)
-    assert seen and not operators.names
+    assert seen and not launches.names
     torch.testing.assert_close(result, Helped.forward(module, x))
     monkeypatch.undo()
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         module(x)
-    assert operators.names == ["product"]
+    assert launches.names == ["swiglu_fwd"]
 
 
 class Parent(GatedMLP):
@@ -251,14 +252,14 @@ def test_methods_of_every_form(cls, grad):
     with torch.set_grad_enabled(grad):
         expected = module(x)
         assert len(patch_model(nn.Sequential(module), verify=True).fused) == 1
-        with CountedOperators() as operators:
+        with counted_launches() as launches:
             torch.testing.assert_close(module(x), expected)
-    assert operators.names
+    assert launches.names
 
 
 def test_a_method_that_is_not_its_source_is_left_alone(tmp_path):
     path = tmp_path / "edited.py"
-    source = "from models import GatedMLP\n\nclass Edited(GatedMLP):\n    def forward(self, x):\n        return "
+    source = "from support.models import GatedMLP\nclass Edited(GatedMLP):\n    def forward(self, x):\n        return "
     path.write_text(source + "self.w2(self.act(self.w1(x)) * self.w3(x))\n")
     namespace = {"__name__": "edited"}
     exec(compile(path.read_text(), str(path), "exec"), namespace)

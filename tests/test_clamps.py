@@ -1,21 +1,19 @@
 """The clamped family has the gradients of the installed PyTorch, on the limits themselves too."""
 
+from functools import partial
+
 import pytest
 import torch
+from support.outcome import outcome
 from torch import nn
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from hf_swiglu import backends, patch_model, reference
 from hf_swiglu.reference import GLUParams
+from hf_swiglu.testing import counted_launches
 
 LIMIT = 0.7
-
-
-def gradients(function, gate, up):
-    leaves = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
-    function(*leaves).sum().backward()
-    return [leaf.grad for leaf in leaves]
 
 
 @pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
@@ -36,12 +34,13 @@ def test_gradients_on_the_limit(params, dtype):
     around = [-limit, limit, torch.nextafter(limit, torch.zeros_like(limit)), torch.nextafter(limit, 2 * limit)]
     values = torch.stack([*around, torch.zeros_like(limit), torch.full_like(limit, float("nan"))])
     gate, up = (x.reshape(-1).contiguous() for x in torch.meshgrid(values, values, indexing="ij"))
-    expected = gradients(lambda g, u: reference.swiglu_fwd(g, u, params), gate, up)
-    ours = [torch.empty_like(gate), torch.empty_like(up)]
-    cpu.product_backward(torch.ones_like(gate), gate, up, *ours, *backends.scalars(params))
-    for mine, plain in zip(ours, expected):
-        torch.testing.assert_close(mine, plain, equal_nan=True)
-        assert torch.equal(mine == 0, plain == 0)
+    grad = torch.ones_like(gate)
+    _, *expected = outcome(partial(reference.swiglu_fwd, params=params), gate, up, grad_out=grad).values()
+    results = [torch.empty_like(gate), torch.empty_like(up)]
+    cpu.swiglu_bwd(grad, gate, up, *results, params)
+    for result, plain in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, plain, equal_nan=True)
+        assert torch.equal(result == 0, plain == 0)
 
 
 def test_gradients_of_gpt_oss_on_its_limits():
@@ -50,10 +49,8 @@ def test_gradients_of_gpt_oss_on_its_limits():
     experts = GptOssExperts(config)
     gate_up = torch.randn(200, 256) * 2
     gate_up[::3] = torch.where(gate_up[::3] > 0, experts.limit, -experts.limit)
-    results = []
-    for _ in range(2):
-        leaf = gate_up.clone().requires_grad_()
-        experts._apply_gate(leaf).sum().backward()
-        results.append(leaf.grad)
-        patch_model(nn.Sequential(experts))
-    torch.testing.assert_close(*results)
+    expected = outcome(experts._apply_gate, gate_up)
+    patch_model(nn.Sequential(experts))
+    with counted_launches() as launches:
+        torch.testing.assert_close(outcome(experts._apply_gate, gate_up), expected)
+    assert launches.names == ["swiglu_fwd", "swiglu_bwd"]

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,24 +11,31 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from models import CountedOperators, tiny_llama, tokens
+from support.models import tiny_llama, tokens
+from support.outcome import outcome
+from support.processes import free_port
 from test_finetune import ROOT, SCRIPT, finetune, rows, write_text, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from hf_swiglu import patch_model, patch_on_load
 from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.testing import counted_launches
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo")
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo"),
+]
 
 CONFIGS = ROOT / "examples" / "configs"
 
-# accelerate 1.15 ignores FSDP and DeepSpeed on CPUs, and trains with DDP instead, without a word. Told that there are
-# GPUs it does what it is asked to, on the CPUs that it has. What it wrapped, and what ran, is printed.
+# accelerate 1.15 ignores FSDP and DeepSpeed on CPUs, and trains with DDP instead, without a warning. With GPUs in its
+# state it wraps the model as configured, on CPUs. The driver prints the classes of the wrapped model, and whether a
+# kernel ran.
 DRIVER = """
 import os, runpy, sys
 from accelerate import Accelerator, DistributedType, PartialState
-from hf_swiglu import backends
+from hf_swiglu.testing import counted_launches
 
 PartialState(cpu=True)
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -39,7 +45,7 @@ if {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & os.environ.keys():
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     del os.environ["ACCELERATE_USE_CPU"]
 
-prepare, product, calls = Accelerator.prepare, backends.swiglu_fwd, []
+prepare = Accelerator.prepare
 
 def show(self, *args):
     model, optimizer = prepare(self, *args)
@@ -47,12 +53,12 @@ def show(self, *args):
     return model, optimizer
 
 Accelerator.prepare = show
-backends.swiglu_fwd = lambda *args: calls.append(args[0].shape) or product(*args)
 sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    print("the kernel ran" if calls else "no kernel ran")
+with counted_launches() as launches:
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        print("the kernel ran" if launches else "no kernel ran")
 """
 
 
@@ -94,12 +100,6 @@ def launch(config: str, arguments, out: Path, *options) -> str:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FusedModule" in result.stdout and result.stdout.count("the kernel ran") == 2, result.stdout
     return result.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def assert_same_curve(two, one):
@@ -167,25 +167,11 @@ def test_deepspeed_zero3(arguments, one_process, tmp_path):
     assert reloaded_perplexity(out, arguments) == pytest.approx(rows(out)[-1]["perplexity"], rel=1e-5)
 
 
-def outputs_and_gradients(model):
-    model.train()
-    ids = tokens()
-    with CountedOperators() as operators:
-        result = model(input_ids=ids, labels=ids)
-        result.loss.backward()
-    # A sharded projection's gradient is this process's part of the whole.
-    gradients = {
-        name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
-        for name, parameter in model.named_parameters()
-    }
-    return operators.names, result.logits.detach(), gradients
-
-
 def tensor_parallel_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    _, expected_logits, expected = outputs_and_gradients(LlamaForCausalLM.from_pretrained(folder))
+    expected = outcome(LlamaForCausalLM.from_pretrained(folder).train(), input_ids=tokens(), labels=tokens())
     shards = {"distributed_config": DistributedConfig(tp_plan="auto")}
     after = LlamaForCausalLM.from_pretrained(folder, **shards)
     patch_model(after)
@@ -193,11 +179,11 @@ def tensor_parallel_rank(rank: int, port: int, folder: str) -> None:
         while_loading = LlamaForCausalLM.from_pretrained(folder, **shards)
     for model in (after, while_loading):
         assert model.model.layers[0].mlp.gate_proj.weight.to_local().shape[0] * 2 == model.config.intermediate_size
-        names, logits, gradients = outputs_and_gradients(model)
+        with counted_launches() as launches:
+            result = outcome(model.train(), input_ids=tokens(), labels=tokens())
         # The down projection saves a DTensor, whose product is computed again on the way back: two buffers here too.
-        assert names == ["product"] * 2 + ["product", "product_backward"] * 2
-        torch.testing.assert_close(logits, expected_logits)
-        torch.testing.assert_close(gradients, expected)
+        assert launches.names == ["swiglu_fwd"] * 2 + ["swiglu_fwd", "swiglu_bwd"] * 2
+        torch.testing.assert_close(result, expected)
     dist.destroy_process_group()
 
 

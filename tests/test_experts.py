@@ -4,14 +4,15 @@ import copy
 
 import pytest
 import torch
-from models import VOCABULARY, CountedOperators
-from tolerance import assert_close_to_float64
+from support.models import VOCABULARY
+from support.outcome import outcome
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_swiglu import patch_model, unpatch_model
+from hf_swiglu.testing import assert_close, counted_launches
 
 SIZES = {
     "hidden_size": 32,
@@ -41,13 +42,11 @@ def build(name, implementation, **options):
 
 
 def observe(model):
-    tokens = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
-    model.zero_grad()
-    output = model(tokens, labels=tokens)
-    output.loss.backward()
-    return [output.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    ids = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    return outcome(model, input_ids=ids, labels=ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("name", MODELS)
 def test_experts_compute_the_same_under_every_implementation(name, implementation):
@@ -58,15 +57,14 @@ def test_experts_compute_the_same_under_every_implementation(name, implementatio
     exact = observe(exact_model)
     report = patch_model(model)
     assert [entry.kind for entry in report.fused] == ["experts"] * 2
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         fused = observe(model)
-    assert {"product", "product_backward"} == set(operators.names)
-    for result, plain, reference in zip(fused, eager, exact):
-        assert_close_to_float64(result, plain, reference)
+    assert {"swiglu_fwd", "swiglu_bwd"} == set(launches.names)
+    assert_close(fused, eager, exact)
     assert unpatch_model(model) == 2
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         observe(model)
-    assert not operators.names
+    assert not launches.names
 
 
 def test_experts_keep_one_packed_buffer_for_backward():
@@ -107,7 +105,7 @@ def test_limits_are_those_of_each_module():
 
 
 class Looping(nn.Module):
-    """Experts of nobody's: a loop that no trace can follow, with the activation as a child or as a plain function."""
+    """Experts in a loop that no trace can follow, with the activation as a child or as a plain function."""
 
     def __init__(self, activation):
         super().__init__()
@@ -130,19 +128,18 @@ def test_a_product_in_a_loop_is_fused(activation):
     torch.manual_seed(0)
     module = Looping(activation)
     x = torch.randn(3, 40, 64) + 0.1
-    eager, exact = module(x), copy.deepcopy(module).double()(x.double())
+    eager, exact = outcome(module, x), outcome(copy.deepcopy(module).double(), x.double())
     (entry,) = patch_model(module, verify=True)
     assert (entry.verdict, entry.kind) == ("fused", "packed")
-    with CountedOperators() as operators:
-        fused = module(x)
-        fused.sum().backward()
-    assert set(operators.names) == {"product", "product_backward"}
-    assert_close_to_float64(fused, eager, exact)
-    # The new activation is obeyed, whatever it is.
+    with counted_launches() as launches:
+        fused = outcome(module, x)
+    assert set(launches.names) == {"swiglu_fwd", "swiglu_bwd"}
+    assert_close(fused, eager, exact)
+    # Another activation is called, whatever it is.
     module.activation = torch.tanh if activation is nn.functional.silu else nn.Tanh()
-    with CountedOperators() as operators:
-        assert not torch.equal(module(x), eager)
-    assert not operators.names
+    with counted_launches() as launches:
+        assert not torch.equal(module(x), eager["output"])
+    assert not launches.names
 
 
 def test_an_activation_that_is_used_in_other_ways_too():
@@ -161,7 +158,7 @@ def test_an_activation_that_is_used_in_other_ways_too():
     torch.testing.assert_close(module(x), expected)
 
 
-def test_experts_without_a_gate_are_none_of_ours():
+def test_experts_without_a_gate_are_not_reported():
     later = "transformers.models.nemotron_h.modeling_nemotron_h"
     nemotron_h = pytest.importorskip(later, reason="these experts came later")
     config = nemotron_h.NemotronHConfig(
@@ -180,6 +177,6 @@ def test_a_hook_on_the_experts_activation_still_fires():
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts, MixtralExperts)
     experts.act_fn.register_forward_hook(lambda module, args, output: seen.append(output))
-    with CountedOperators():
-        torch.testing.assert_close(observe(model)[0], expected[0])
+    with counted_launches():
+        torch.testing.assert_close(observe(model)["logits"], expected["logits"])
     assert seen

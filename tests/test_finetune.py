@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from models import tiny_llama
+from support.models import tiny_llama
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_swiglu.patching.classes import FusedModule
+
+pytestmark = pytest.mark.slow
+
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "finetune.py"
@@ -214,7 +217,7 @@ BAD = {
     empty_file: "there is no text in",
     folder_without_text: "there is no text in",
     no_text_at_all: "cannot read the text",
-    unknown_model: "does not exist",
+    unknown_model: "nowhere",
     no_model_in_the_folder: "cannot load",
     block_beyond_the_context: "longer than the 2048 tokens that",
     batch_beyond_the_text: "smaller --batch",

@@ -5,21 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHIPPED
-from forms import FORMS, every_form, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CountedOperators
-from tolerance import assert_close_to_float64, assert_function_close
+from support.forms import COLUMNS, FORMS, ROWS, every_form, operands
+from support.modes import SeenOperators
+from support.outcome import assert_as_eager, outcome
 
-from hf_swiglu import backends, direct, swiglu, swiglu_packed
+from hf_swiglu import backends, dispatch, swiglu, swiglu_packed
+from hf_swiglu.testing import assert_close, counted_launches, kernels_at_every_size
 
-SMALLEST = backends.SMALLEST_KERNEL["cpu"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = backends.KERNEL_DTYPES
 needs_kernel = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
-
-
-BOTH_CALLS = ["product", "product_backward"]
+BOTH = ["swiglu_fwd", "swiglu_bwd"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,74 +28,67 @@ def _fresh_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def out_and_gradients(function, inputs, grad):
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    out = function(*inputs)
-    return out.detach(), *torch.autograd.grad(out, inputs, grad)
-
-
-def check(form, inputs, grad, function=None):
-    """Forward and backward against float64, by the tolerance rule; dtypes as eager's."""
-    ours, plain = FORMS[form]
-    assert_function_close(function or ours, plain, *inputs, grad=grad)
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_form
 def test_large_tensors_run_the_kernel(form, dtype):
-    with CountedOperators() as operators:
-        check(form, operands(form, 19, 9, 101, dtype=dtype), torch.randn(19, 9, 101, dtype=dtype))
-    assert operators.names == BOTH_CALLS
+    with counted_launches() as launches:
+        assert_as_eager(*FORMS[form], *operands(form, 19, 9, 101, dtype=dtype))
+    assert launches.names == BOTH
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_form
 def test_small_tensors_run_pytorch(form, dtype):
-    with CountedOperators() as operators:
-        check(form, operands(form, 5, 3, 7, dtype=dtype), torch.randn(5, 3, 7, dtype=dtype))
-    assert operators.names == []
+    with counted_launches() as launches:
+        assert_as_eager(*FORMS[form], *operands(form, 5, 3, 7, dtype=dtype))
+    assert launches.names == []
 
 
 @every_form
 def test_float64_runs_pytorch_and_equals_it(form):
     ours, plain = FORMS[form]
-    inputs, grad = operands(form, 19, 9, 101, dtype=torch.float64), torch.randn(19, 9, 101, dtype=torch.float64)
-    with CountedOperators() as operators:
-        results = out_and_gradients(ours, inputs, grad)
-    assert operators.names == []
-    assert all(map(torch.equal, results, out_and_gradients(plain, inputs, grad)))
+    inputs = operands(form, 19, 9, 101, dtype=torch.float64)
+    with counted_launches() as launches:
+        assert_same(outcome(ours, *inputs), outcome(plain, *inputs))
+    assert launches.names == []
 
 
 @needs_kernel
+@pytest.mark.parametrize("differentiated", [False, True], ids=["no gradients", "gradients"])
 @every_form
-def test_the_smallest_kernel_is_the_documented_one(form):
-    for elements, expected in ((SMALLEST, []), (SMALLEST + 1, ["product"])):
-        apart = [torch.stack([x, x], dim=-1)[..., 0] for x in operands(form, elements)]
-        for inputs, names in ((operands(form, elements), ["product"]), (apart, expected)):
-            with CountedOperators() as operators:
-                FORMS[form][0](*inputs)
-            assert operators.names == names
+def test_kernels_start_at_the_documented_sizes(form, differentiated):
+    smallest = (dispatch.SMALLEST_DIFFERENTIATED if differentiated else dispatch.SMALLEST_KERNEL)["cpu"]
+    for elements, expected in ((smallest, []), (smallest + 1, ["swiglu_fwd"])):
+        contiguous = operands(form, elements)
+        apart = [torch.stack([x, x], dim=-1)[..., 0] for x in contiguous]
+        # Contiguous tensors without gradients go to the kernel at every size.
+        for inputs, names in ((contiguous, expected if differentiated else ["swiglu_fwd"]), (apart, expected)):
+            with counted_launches() as launches:
+                FORMS[form][0](*(x.requires_grad_(differentiated) for x in inputs))
+            assert launches.names == names
 
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", backends.KERNEL_DTYPES, ids=str)
 @every_form
-def test_a_call_past_the_dispatcher_computes_the_same(form, dtype, monkeypatch):
-    from hf_swiglu.backends import cpu
-
-    calls, run = [], cpu.run
-    monkeypatch.setattr(cpu, "run", lambda function, *rest: calls.append(function) or run(function, *rest))
-    inputs, grad = operands(form, 130, 128, dtype=dtype), torch.randn(130, 128, dtype=dtype)
-    direct = out_and_gradients(FORMS[form][0], inputs, grad)
-    assert calls == ["product", "product_backward"]
-    with CountedOperators() as operators:
-        dispatched = out_and_gradients(FORMS[form][0], inputs, grad)
-    assert operators.names == calls[:2]
-    assert all(map(torch.equal, direct, dispatched))
+def test_under_a_dispatch_mode_the_operators_compute_the_same(form, dtype):
+    """A mode sees both operators; without one the kernels are launched past PyTorch's dispatcher."""
+    inputs = operands(form, dtype=dtype)
+    with counted_launches() as launches:
+        direct = outcome(FORMS[form][0], *inputs)
+        with SeenOperators() as seen:
+            assert_same(outcome(FORMS[form][0], *inputs), direct)
+    assert launches.names == BOTH * 2
+    assert seen.names == ["hf_swiglu.swiglu_fwd.default", "hf_swiglu.swiglu_bwd.default"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @every_form
 def test_the_tolerance_tells_gelu_from_swish(form, dtype):
     def geglu(gate, up=None):
@@ -106,37 +96,32 @@ def test_the_tolerance_tells_gelu_from_swish(form, dtype):
             gate, up = gate.chunk(2, dim=-1)
         return F.gelu(gate) * (gate if up is None else up)
 
-    with pytest.raises(AssertionError):
-        check(form, operands(form, 40, 16, dtype=dtype), torch.randn(40, 16, dtype=dtype), function=geglu)
+    with pytest.raises(AssertionError, match="root mean square error"):
+        assert_as_eager(geglu, FORMS[form][1], *operands(form, 40, 16, dtype=dtype))
 
 
 @needs_kernel
 @pytest.mark.parametrize("elements", [1, 70, 20_000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_form
-def test_without_gradients_every_size_goes_straight_to_the_kernel(form, dtype, elements, monkeypatch):
-    calls = []
-
-    def counted(name):
-        kernel = backends.cpu_kernel(name)
-        return lambda *arguments: calls.append(name) or kernel(*arguments)
-
+def test_without_gradients_every_size_goes_straight_to_the_kernel(form, dtype, elements):
     ours, plain = FORMS[form]
     inputs = operands(form, 3, elements, dtype=dtype)
-    monkeypatch.setattr(direct, "_cpu_kernel", counted)
-    result = ours(*inputs)
-    assert calls == ["packed_product" if form == "packed" else "product"]
-    assert_close_to_float64(result, plain(*inputs), plain(*(tensor.double() for tensor in inputs)))
+    with counted_launches() as launches:
+        result = ours(*inputs)
+    assert [launch.kernel for launch in launches] == ["swiglu_packed_fwd" if form == "packed" else "swiglu_fwd"]
+    assert_close(result, plain(*inputs), plain(*(tensor.double() for tensor in inputs)))
 
 
 @needs_kernel
 @every_form
 def test_without_the_exchange_table_results_are_the_same(form, monkeypatch):
     """As with versions of PyTorch that have none."""
-    inputs, grad = operands(form, 150, 128), torch.randn(150, 128)
-    expected = FORMS[form][0](*inputs), *out_and_gradients(FORMS[form][0], inputs, grad)
-    monkeypatch.setattr(direct, "_cpu_kernel", lambda name: None)
-    assert all(map(torch.equal, (FORMS[form][0](*inputs), *out_and_gradients(FORMS[form][0], inputs, grad)), expected))
+    inputs, ours = operands(form), FORMS[form][0]
+    expected, differentiated = ours(*inputs), outcome(ours, *inputs)
+    monkeypatch.setattr(dispatch, "_c_kernel", lambda name: None)
+    assert torch.equal(ours(*inputs), expected)
+    assert_same(outcome(ours, *inputs), differentiated)
 
 
 VIEWS = {
@@ -160,64 +145,52 @@ VIEWS_4D = {
 ALL_VIEWS = [pytest.param(view, id=name) for name, view in (VIEWS | VIEWS_4D).items()]
 
 
-@pytest.fixture
-def _kernels_at_every_size(monkeypatch):
-    for table in (backends.SMALLEST_KERNEL, backends.SMALLEST_DIFFERENTIATED):
-        monkeypatch.setitem(table, "cpu", 0)
-
-
 @needs_kernel
-@pytest.mark.usefixtures("_kernels_at_every_size")
+@kernels_at_every_size()
 @pytest.mark.parametrize("view", ALL_VIEWS)
 @every_form
 def test_any_layout_of_the_inputs(form, view):
     dtype = torch.bfloat16
     inputs = [view(dtype) for _ in range(2 if form == "gated" else 1)]
-    shape = inputs[0].shape if form != "packed" else (*inputs[0].shape[:-1], inputs[0].shape[-1] // 2)
-    with CountedOperators() as operators:
-        check(form, inputs, torch.randn(shape, dtype=dtype))
-    # Columns that lie far apart, and memory that is not the values, are eager's: see `functional._is_ordinary`.
+    with counted_launches() as launches:
+        assert_as_eager(*FORMS[form], *inputs)
+    # Columns that lie far apart, and memory that is not the values, are eager's: see `dispatch._is_ordinary`.
     in_rows = inputs[0].is_contiguous() or inputs[0].stride(-1) in (1, 2)
-    assert operators.names == (BOTH_CALLS if in_rows and not inputs[0].is_neg() else [])
+    assert launches.names == (BOTH if in_rows and not inputs[0].is_neg() else [])
 
 
 @needs_kernel
-@pytest.mark.usefixtures("_kernels_at_every_size")
+@kernels_at_every_size()
 @pytest.mark.parametrize("view", ALL_VIEWS)
 @every_form
 def test_any_layout_of_the_gradient(form, view):
     grad = view(torch.float32)
-    with CountedOperators() as operators:
-        check(form, operands(form, *grad.shape), grad)
-    assert operators.names == (BOTH_CALLS if not grad.is_neg() else ["product"])
+    with counted_launches() as launches:
+        assert_as_eager(*FORMS[form], *operands(form, *grad.shape), grad_out=grad)
+    assert launches.names == (BOTH if not grad.is_neg() else ["swiglu_fwd"])
 
 
 @needs_kernel
-@pytest.mark.usefixtures("_kernels_at_every_size")
+@kernels_at_every_size()
 @pytest.mark.parametrize("view", ALL_VIEWS)
 @every_form
-def test_any_layout_with_nobody_looking_on(form, view):
-    """Counting operators takes a dispatch mode, which leads every call past what it does without one."""
+def test_any_layout_under_a_dispatch_mode(form, view):
+    """A mode leads every call past the C kernel that takes tensors as they are."""
     inputs, ours = [view(torch.float32) for _ in range(2 if form == "gated" else 1)], FORMS[form][0]
-    with CountedOperators():
+    with SeenOperators():
         expected = ours(*inputs)
-    grads = [view(torch.float32) if form != "packed" else torch.randn_like(expected), torch.randn_like(expected)]
     assert torch.equal(ours(*inputs), expected)
-    for grad in grads:
-        with CountedOperators():
-            expected = out_and_gradients(ours, inputs, grad)
-        assert all(map(torch.equal, out_and_gradients(ours, inputs, grad), expected))
+    for grad in (torch.randn_like(expected), view(torch.float32) if form != "packed" else None):
+        with SeenOperators():
+            dispatched = outcome(ours, *inputs, grad_out=grad)
+        assert_same(outcome(ours, *inputs, grad_out=grad), dispatched)
 
 
 @needs_kernel
 @every_form
 def test_the_gradient_of_a_sum(form):
     """`.sum().backward()` hands back one number with all strides zero."""
-    inputs = [tensor.requires_grad_() for tensor in operands(form, 130, 128)]
-    FORMS[form][0](*inputs).sum().backward()
-    expected = out_and_gradients(FORMS[form][1], inputs, torch.ones(130, 128))[1:]
-    for tensor, gradient in zip(inputs, expected, strict=True):
-        torch.testing.assert_close(tensor.grad, gradient)
+    assert_as_eager(*FORMS[form], *operands(form), grad_out=torch.ones(()).expand(ROWS, COLUMNS))
 
 
 @needs_kernel
@@ -252,39 +225,25 @@ def cases(draw):
     return form, [draw(strided(wide)) for _ in range(2 if form == "gated" else 1)], draw(strided(shape))
 
 
+@pytest.mark.slow
 @needs_kernel
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_any_shape_and_strides(case):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(backends.SMALLEST_KERNEL, "cpu", 0)
-        patch.setitem(backends.SMALLEST_DIFFERENTIATED, "cpu", 0)
-        check(*case)
+    form, inputs, grad = case
+    with kernels_at_every_size():
+        assert_as_eager(*FORMS[form], *inputs, grad_out=grad)
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4), (2, 0, 6)], ids=str)
 @every_form
 def test_empty_tensors(form, shape):
-    check(form, operands(form, *shape), torch.empty(shape))
+    assert_as_eager(*FORMS[form], *operands(form, *shape))
 
 
 def test_a_tensor_without_dimensions():
     assert swiglu(torch.tensor(2.0)).item() == pytest.approx(3.523188)
     assert swiglu(torch.tensor(2.0), torch.tensor(-1.0)).item() == pytest.approx(-1.761594)
-
-
-@needs_kernel
-@pytest.mark.parametrize("differentiated", [False, True], ids=["no gradients", "gradients"])
-def test_kernels_start_at_the_shipped_sizes(monkeypatch, differentiated):
-    for table, shipped in zip((backends.SMALLEST_KERNEL, backends.SMALLEST_DIFFERENTIATED), SHIPPED):
-        monkeypatch.setitem(table, "cpu", shipped["cpu"])
-    smallest = SHIPPED[differentiated]["cpu"]
-    for elements in (smallest, smallest + 1):
-        # Contiguous tensors without gradients go to the kernel at every size.
-        gate, up = (torch.randn(elements, 2, requires_grad=differentiated)[:, 0] for _ in range(2))
-        with CountedOperators() as operators:
-            swiglu(gate, up)
-        assert operators.names == (["product"] if elements > smallest else [])
 
 
 @pytest.mark.parametrize("rows", [3, 150], ids=["below", "above"])
@@ -294,7 +253,7 @@ def test_mixed_dtypes_follow_promotion(gate_dtype, up_dtype, rows):
     inputs = [torch.randn(rows, 128, dtype=gate_dtype), torch.randn(rows, 128, dtype=up_dtype)]
     common = torch.promote_types(gate_dtype, up_dtype)
     assert swiglu(*inputs).dtype == common
-    check("gated", inputs, torch.randn(rows, 128, dtype=common))
+    assert_as_eager(*FORMS["gated"], *inputs, grad_out=torch.randn(rows, 128, dtype=common))
 
 
 X = torch.zeros(2, 6)
@@ -320,6 +279,6 @@ REFUSED = {
 
 @pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
 def test_bad_input_is_refused_by_name(call, error, message):
-    with CountedOperators() as operators, pytest.raises(error, match=message):
+    with counted_launches() as launches, pytest.raises(error, match=message):
         call()
-    assert operators.names == []
+    assert launches.names == []

@@ -1,13 +1,15 @@
 """`swiglu` under autograd: what it keeps, derivatives of every order, and the modes that change how it runs."""
 
+from functools import partial
+
 import pytest
 import torch
-from forms import COLUMNS, FORMS, ROWS, every_form, gated, leaves, operands, random, self_gated
-from models import CountedOperators
-from tolerance import assert_close_to_float64
+from support.forms import COLUMNS, FORMS, ROWS, every_form, gated, leaves, operands, random, self_gated
+from support.outcome import outcome
 from torch.utils.checkpoint import checkpoint
 
 from hf_swiglu import backends, swiglu
+from hf_swiglu.testing import assert_close, counted_launches
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
 
@@ -68,14 +70,14 @@ def test_second_derivatives_behind_the_kernel(form, dtype):
     ours, plain = (FORMS | RELATED)[form]
     inputs = operands("self-gated" if form in RELATED else form, dtype=dtype)
     grad, weights = random(ROWS, COLUMNS, dtype=dtype, seed=2), [tensor.cos() for tensor in inputs]
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         results = second_derivatives(ours, inputs, grad, weights)
-    assert operators.names == ["product"]
+    assert launches.names == ["swiglu_fwd"]
     eager = second_derivatives(plain, inputs, grad, weights)
     exact = second_derivatives(plain, *[[t.double() for t in inputs], grad.double(), [w.double() for w in weights]])
     for ours, theirs, truth in zip(results, eager, exact, strict=True):
         for triple in zip(ours, theirs, truth, strict=True):
-            assert_close_to_float64(*triple)
+            assert_close(*triple)
 
 
 @pytest.mark.parametrize("wanted", ["neither", "gate", "up", "both"])
@@ -95,7 +97,7 @@ def test_only_some_inputs_need_a_gradient(wanted):
 
 @every_form
 def test_many_gradients_at_once(form):
-    """As `torch.autograd.functional.jacobian(vectorize=True)` asks: backward itself runs under vmap."""
+    """As in `torch.autograd.functional.jacobian(vectorize=True)`: backward itself runs under vmap."""
     inputs, grads = leaves(form), random(3, ROWS, COLUMNS, seed=2)
     ours, plain = ([*torch.autograd.grad(f(*inputs), inputs, grads, is_grads_batched=True)] for f in FORMS[form])
     torch.testing.assert_close(ours, plain)
@@ -105,42 +107,38 @@ def test_many_gradients_at_once(form):
 @every_form
 def test_gradient_checkpointing(form, reentrant):
     ours, plain = FORMS[form]
-    inputs, grad = leaves(form), random(ROWS, COLUMNS, seed=2)
-    with CountedOperators() as operators:
-        out = checkpoint(ours, *inputs, use_reentrant=reentrant)
-        out.backward(grad)
-    assert operators.names == ["product", "product", "product_backward"]
-    expected = plain(*inputs)
-    torch.testing.assert_close(out, expected)
-    for tensor, gradient in zip(inputs, torch.autograd.grad(expected, inputs, grad), strict=True):
-        torch.testing.assert_close(tensor.grad, gradient)
+    with counted_launches() as launches:
+        result = outcome(partial(checkpoint, ours, use_reentrant=reentrant), *operands(form))
+    assert launches.names == ["swiglu_fwd", "swiglu_fwd", "swiglu_bwd"]
+    torch.testing.assert_close(result, outcome(plain, *operands(form)))
 
 
 def test_autocast():
     """Linear gives bfloat16 there, a normalised input stays float32: eager's dtypes, and its gradients."""
-    x, gate, up = random(ROWS, 64), torch.nn.Linear(64, COLUMNS), torch.nn.Linear(64, COLUMNS)
+    projections = torch.nn.ModuleDict({name: torch.nn.Linear(64, COLUMNS) for name in ("gate", "up")})
 
-    def run(function, wide_up):
+    def product(function, wide_up, x):
         with torch.autocast("cpu", torch.bfloat16):
-            out = function(gate(x), up(x).float() if wide_up else up(x))
-        return [out.detach(), *torch.autograd.grad(out.float().sum(), [gate.weight, up.weight])]
+            gate, up = projections["gate"](x), projections["up"](x)
+            return function(gate, up.float() if wide_up else up)
 
     for wide_up in (False, True):
-        with CountedOperators() as operators:
-            results = run(swiglu, wide_up)
-        assert operators.names == ["product", "product_backward"]
-        for result, eager in zip(results, run(gated, wide_up), strict=True):
-            assert result.dtype == eager.dtype
+        with counted_launches() as launches:
+            result = outcome(partial(product, swiglu, wide_up), random(ROWS, 64), of=projections)
+        assert launches.names == ["swiglu_fwd", "swiglu_bwd"]
+        eager = outcome(partial(product, gated, wide_up), random(ROWS, 64), of=projections)
+        for name in eager:
+            assert result[name].dtype == eager[name].dtype
             # Both round to bfloat16 in between, at different places.
-            torch.testing.assert_close(result, eager, rtol=2e-2, atol=2e-2 * eager.abs().max().item())
+            torch.testing.assert_close(result[name], eager[name], rtol=2e-2, atol=2e-2 * eager[name].abs().max().item())
 
 
 def test_inference_mode_and_parameters_run_the_kernel():
     x = torch.nn.Parameter(random(ROWS, COLUMNS, seed=2))
-    with torch.inference_mode(), CountedOperators() as operators:
+    with torch.inference_mode(), counted_launches() as launches:
         out = swiglu(x)
         again = swiglu(out)
-    assert operators.names == ["product", "product"]
+    assert launches.names == ["swiglu_fwd", "swiglu_fwd"]
     assert out.is_inference()
     torch.testing.assert_close(
         torch.stack([out, again]).clone(), torch.stack([self_gated(x), self_gated(self_gated(x))])

@@ -7,14 +7,13 @@ import threading
 import pytest
 import torch
 import transformers
-from models import SIZES, tiny_gpt2, tiny_llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.models import SIZES, fused, tiny_gpt2, tiny_llama, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
 from hf_swiglu import patch_on_load, unpatch_model
-from hf_swiglu.patching.classes import FusedModule
-from hf_swiglu.running import run
+from hf_swiglu.commands.run_script import run_script
 
 BASE = transformers.PreTrainedModel
 
@@ -35,17 +34,6 @@ def nothing_is_left_behind():
     after = _classes()
     assert {cls: after[cls] for cls in before if cls in after} == {cls: before[cls] for cls in before if cls in after}
     assert not any("watch" in repr(value) for members in after.values() for value in members.values())
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("llama"))
-    tiny_llama().save_pretrained(folder)
-    return folder
-
-
-def fused(model):
-    return sum(isinstance(module, FusedModule) for module in model.modules())
 
 
 @pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}, {"dtype": torch.bfloat16}], ids=str)
@@ -188,19 +176,20 @@ print(__name__, sys.argv[1:], type(model.model.layers[0].mlp).__bases__[0].__nam
 
 
 def test_run_executes_a_script_as_python_would(tmp_path, capsys, monkeypatch):
-    script = tmp_path / "train_somebody.py"
+    script = tmp_path / "train_model.py"
     script.write_text(SCRIPT.format(sizes=SIZES))
     before = list(sys.argv), list(sys.path)
     with patch_on_load() as reports:
-        run(str(script), ["--epochs", "3"])
+        run_script(str(script), ["--epochs", "3"])
         monkeypatch.chdir(tmp_path)
-        run("train_somebody", ["x"], module=True)
+        run_script("train_model", ["x"], module=True)
     assert capsys.readouterr().out == "__main__ ['--epochs', '3'] FusedModule\n__main__ ['x'] FusedModule\n"
     assert [len(report.fused) for report in reports] == [2, 2] and (sys.argv, sys.path) == before
     with pytest.raises(FileNotFoundError, match=r"there is no script 'nowhere.py'"):
-        run("nowhere.py")
+        run_script("nowhere.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ending", "code"), [("", 0), ("sys.exit(0)", 0), ("sys.exit(3)", 3)])
 def test_the_run_command_says_what_was_fused_however_the_script_ends(tmp_path, ending, code):
     script = tmp_path / "train.py"
@@ -210,7 +199,7 @@ def test_the_run_command_says_what_was_fused_however_the_script_ends(tmp_path, e
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
     assert "FusedModule" in done.stdout and "hf-swiglu: 2 MLPs fused in 1 model\n" in done.stderr
-    # Our other commands silence transformers; a script is not to miss what it would be told without us.
+    # The other commands silence transformers; a script's warnings appear as without this command.
     assert "the script's own warning" in done.stderr
 
 
@@ -304,6 +293,7 @@ def test_a_model_inside_another_is_counted_once():
     assert sum(len(report.fused) for report in reports) == 2
 
 
+@pytest.mark.slow
 def test_calls_and_compilation_inside_are_what_they_were():
     with patch_on_load():
         model = tiny_llama()
@@ -342,6 +332,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_run_command_carries_into_threads_and_child_processes(tmp_path):
     script = tmp_path / "parallel.py"
     script.write_text(WITH_CHILDREN.replace("{sizes}", repr(SIZES)))

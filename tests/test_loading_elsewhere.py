@@ -2,14 +2,14 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from models import SIZES, tiny_llama, tokens
+from support.models import SIZES, fused, tokens
+from support.processes import free_port
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto as quantizers
@@ -17,12 +17,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_swiglu import patch_on_load
-from hf_swiglu.patching.classes import FusedModule
 
 ROOT = Path(__file__).parent.parent
 
 REMOTE = """
 import torch
+from support.processes import free_port
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,17 +50,6 @@ class RemoteForCausalLM(LlamaForCausalLM):
 """
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("llama"))
-    tiny_llama().save_pretrained(folder)
-    return folder
-
-
-def fused(model):
-    return sum(isinstance(module, FusedModule) for module in model.modules())
-
-
 def test_remote_code(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     (tmp_path / "modeling_remote.py").write_text(REMOTE)
@@ -84,7 +73,7 @@ def test_remote_code(tmp_path, monkeypatch):
 
 
 class HalvesConfig(QuantizationConfigMixin):
-    """A quantiser of our own, since the real ones need their libraries or a GPU: each weight rounded to halves."""
+    """A quantiser that needs no library and no GPU: each weight rounded to halves."""
 
     def __init__(self, **kwargs):
         self.quant_method = "halves"
@@ -129,13 +118,12 @@ print("rank", os.environ["RANK"], sys.argv[1:], fused, flush=True)
 """
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
 def test_run_under_a_launcher(launcher, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(sizes=SIZES))
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = str(server.getsockname()[1])
+    port = str(free_port())
     two = ["--config_file", str(ROOT / "examples" / "configs" / "ddp.yaml"), "--num_processes", "2"]
     launch = {
         "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port],

@@ -1,42 +1,35 @@
-"""Modules that nobody has seen before: each is fused and computes the same, or is skipped with a reason."""
+"""Modules of unknown classes: each is fused and computes the same, or is skipped with a reason."""
 
-import contextlib
 import copy
 import itertools
 
 import pytest
 import torch
-from lookalikes import LOOKALIKES
-from models import hidden_states
-from tolerance import assert_close_to_float64
+from support.lookalikes import LOOKALIKES
+from support.models import hidden_states
+from support.outcome import outcome
 from torch import nn
 
 from hf_swiglu import patch_model
 from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.testing import assert_close
 
 
-def _tensors(output):
-    return [part for part in (output if isinstance(output, tuple) else (output,)) if part is not None]
+def outcome_and_input(module, differentiated):
+    """The outcome of one call, with what the call made of its input among the outputs."""
+
+    def call(x):
+        # A leaf that requires a gradient could not be written to.
+        handed = x * 1
+        result = module(handed)
+        return *(result if isinstance(result, tuple) else (result,)), handed
+
+    x = hidden_states(next(module.parameters()).dtype)
+    return outcome(call, x, of=module, differentiated=differentiated)
 
 
-def _observe(module, grad):
-    """Everything that one call shows: outputs, what it did to its input, gradients, attributes."""
-    x = hidden_states(next(module.parameters()).dtype).requires_grad_(grad)
-    handed = x * 1
-    torch.manual_seed(3)
-    with contextlib.nullcontext() if grad else torch.no_grad():
-        outputs = _tensors(module(handed))
-    seen = [*outputs, handed.detach()]
-    if outputs[0].requires_grad:
-        parameters = [x, *module.parameters()]
-        loss = sum(output.pow(2).sum() for output in outputs)
-        seen += torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    return [tensor.detach() for tensor in seen], [*vars(module), len(getattr(module, "seen", ()))]
-
-
-def _assert_same(observed, expected):
-    torch.testing.assert_close(observed[0], expected[0])
-    assert observed[1] == expected[1]
+def attributes(module):
+    return [*vars(module), len(getattr(module, "seen", ()))]
 
 
 @pytest.mark.parametrize("lookalike, verdict", LOOKALIKES.values(), ids=LOOKALIKES)
@@ -54,7 +47,8 @@ def test_a_module_computes_the_same_or_is_skipped(lookalike, verdict):
         assert report[0].verdict == verdict, report
         assert isinstance(module, FusedModule) == bool(report.fused)
         assert report.fused or report[0].reason
-        _assert_same(_observe(module, grad), _observe(untouched, grad))
+        torch.testing.assert_close(outcome_and_input(module, grad), outcome_and_input(untouched, grad))
+        assert attributes(module) == attributes(untouched)
 
 
 @pytest.mark.parametrize("lookalike, verdict", LOOKALIKES.values(), ids=LOOKALIKES)
@@ -65,6 +59,5 @@ def test_the_same_with_kernels_and_without_gradients(lookalike, verdict):
     untouched = copy.deepcopy(module)
     if not patch_model(nn.Sequential(module), strict=False).fused:
         return
-    exact, _ = _observe(copy.deepcopy(untouched).double(), False)
-    for triple in zip(_observe(module, False)[0], _observe(untouched, False)[0], exact, strict=True):
-        assert_close_to_float64(*triple)
+    exact = outcome_and_input(copy.deepcopy(untouched).double(), False)
+    assert_close(outcome_and_input(module, False), outcome_and_input(untouched, False), exact)

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from models import WIDE, CountedOperators, GatedMLP, hidden_states
+from support.models import WIDE, GatedMLP, hidden_states
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from hf_swiglu import backends, patch_model
 from hf_swiglu.patching.ownership import counts, owned_counts
+from hf_swiglu.testing import counted_launches
 
 needs_kernel = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
 
@@ -96,9 +97,9 @@ def test_the_version_counter_moves_with_the_write(pair):
 
 @needs_kernel
 def test_inference_tensors_have_no_version_to_move(pair):
-    with torch.inference_mode(), CountedOperators() as operators:
+    with torch.inference_mode(), counted_launches() as launches:
         torch.testing.assert_close(pair[1](hidden_states()), pair[0](hidden_states()))
-    ((_, (gate, _, out, *_)),) = operators.calls
+    ((gate, _, out),) = (launch.tensors for launch in launches)
     assert gate.data_ptr() == out.data_ptr()
 
 
@@ -272,10 +273,11 @@ def test_saved_tensors_that_come_back_in_another_shape_are_an_error(pair):
         out.sum().backward()
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("recompute", [True, False])
-def test_compiled_autograd(recompute, backend):
+@pytest.mark.parametrize("keep", [3, 2, 1, 0])
+def test_compiled_autograd(keep, backend):
     from torch._dynamo import compiled_autograd
 
     results = []
@@ -284,7 +286,7 @@ def test_compiled_autograd(recompute, backend):
         torch.manual_seed(0)
         mlp = GatedMLP()
         if patch:
-            patch_model(nn.Sequential(mlp), recompute=recompute)
+            patch_model(nn.Sequential(mlp), keep=keep)
         x = hidden_states().requires_grad_()
         loss = mlp(x).square().sum()
         with compiled_autograd._enable(torch.compile(backend=backend)):
@@ -306,7 +308,7 @@ def test_a_freed_storage_is_an_error_and_no_address():
 @needs_kernel
 def test_a_default_device_changes_nothing(pair):
     # It is a function mode, and always on.
-    with torch.device("cpu"), torch.no_grad(), CountedOperators() as operators:
+    with torch.device("cpu"), torch.no_grad(), counted_launches() as launches:
         pair[1](hidden_states())
-    ((_, (gate, _, out, *_)),) = operators.calls
+    ((gate, _, out),) = (launch.tensors for launch in launches)
     assert gate.data_ptr() == out.data_ptr()

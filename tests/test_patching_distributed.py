@@ -1,13 +1,13 @@
 """Fused models in DDP and FSDP2, over gloo: two processes compute what one does."""
 
 import copy
-import datetime
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-from models import CountedOperators, GatedMLP, tiny_llama, tokens
+from support.models import GatedMLP, tiny_llama, tokens
+from support.outcome import outcome
+from support.processes import free_port, join
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,33 +15,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_swiglu import patch_model, unpatch_model
 from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.testing import counted_launches
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo")
 
 
-def _join(rank: int, size: int, port: int) -> None:
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group(
-        "gloo", init_method=address, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
-    )
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @pytest.fixture
 def group():
-    _join(0, 1, _free_port())
+    join(0, 1, free_port())
     yield
     dist.destroy_process_group()
 
 
 def _gradients(model, ids):
-    model(input_ids=ids, labels=ids).loss.backward()
-    return {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
+    """Without the outputs: two processes have a half of them each."""
+    shown = outcome(model, input_ids=ids, labels=ids)
+    return {name: tensor for name, tensor in shown.items() if name.startswith("gradient")}
 
 
 def _compare_ddp(rank: int, patch_first: bool) -> None:
@@ -60,7 +49,7 @@ def _compare_ddp(rank: int, patch_first: bool) -> None:
 
 def _ddp_rank(rank: int, port: int) -> None:
     torch.set_num_threads(1)
-    _join(rank, 2, port)
+    join(rank, 2, port)
     try:
         # DDP's models go before the group. One that outlives it joins gloo's threads while holding the GIL they may
         # wait for: 5 runs of 22 never ended, without this package too. https://github.com/pytorch/pytorch/issues/56297
@@ -70,8 +59,9 @@ def _ddp_rank(rank: int, port: int) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.distributed
 def test_two_processes_of_ddp_compute_the_gradients_of_one():
-    torch.multiprocessing.spawn(_ddp_rank, (_free_port(),), nprocs=2)
+    torch.multiprocessing.spawn(_ddp_rank, (free_port(),), nprocs=2)
 
 
 def _shard(model, units):
@@ -93,10 +83,10 @@ def test_fsdp2(group, units, patch_first):
     _shard(model, units)
     if not patch_first:
         assert len(patch_model(model).fused) == 2
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         gradients = _gradients(model, tokens())
-    assert operators.names.count("product_backward") == 2
-    torch.testing.assert_close({name: grad.full_tensor() for name, grad in gradients.items()}, expected)
+    assert launches.names.count("swiglu_bwd") == 2
+    torch.testing.assert_close(gradients, expected)
 
 
 def test_undo_of_a_model_that_was_sharded_since_is_refused(group):

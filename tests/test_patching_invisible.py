@@ -7,13 +7,15 @@ import sys
 
 import pytest
 import torch
-from models import HIDDEN, WIDE, CountedOperators, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
+from support.models import HIDDEN, WIDE, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_swiglu import measuring, patch_model, unpatch_model
+from hf_swiglu import patch_model, unpatch_model
+from hf_swiglu.commands import memory
 from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.testing import counted_launches
 
 
 @pytest.fixture
@@ -26,12 +28,13 @@ def mlp():
 
 
 def _reuses_gate(mlp, grad=False):
-    """Whether the product was written over its first argument."""
-    with CountedOperators() as operators, torch.set_grad_enabled(grad):
+    """Whether the product was written over its first operand."""
+    with counted_launches() as launches, torch.set_grad_enabled(grad):
         mlp(hidden_states())
-    ((name, (gate, _, out, *_)),) = operators.calls
-    assert name == "product"
-    return out.data_ptr() == gate.data_ptr()
+    (launch,) = launches
+    assert launches.names == ["swiglu_fwd"]
+    # Of packed tensors the output is never the input.
+    return launch.tensors[-1].data_ptr() == launch.tensors[0].data_ptr()
 
 
 def test_gates_memory_is_reused_without_gradients_and_kept_with_them(mlp):
@@ -50,10 +53,10 @@ def test_gates_memory_is_reused_by_plain_pytorch_too(activation, saved):
     model.act = ACT2FN[activation]
     model.double()
     with torch.no_grad():
-        expected, eager_peak = model(x), measuring.peak_bytes(lambda: model(x), x.device)
+        expected, eager_peak = model(x), memory.peak_bytes(lambda: model(x), x.device)
         patch_model(model)
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
-        peak = measuring.peak_bytes(lambda: model(x), x.device)
+        peak = memory.peak_bytes(lambda: model(x), x.device)
     assert peak == eager_peak - saved * expected.shape[:-1].numel() * WIDE * x.element_size()
 
 
@@ -69,7 +72,7 @@ class GateUsedAgain(GatedMLP):
         return self.w2(self.act(gate) * self.w3(x)) + gate[..., :1]
 
 
-def test_gates_memory_is_not_reused_when_somebody_else_may_hold_it(mlp):
+def test_gates_memory_is_not_reused_when_a_hook_or_wrapper_may_hold_it(mlp):
     kept = []
     handle = mlp.w1.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
     assert not _reuses_gate(mlp)
@@ -79,11 +82,11 @@ def test_gates_memory_is_not_reused_when_somebody_else_may_hold_it(mlp):
 
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
-    with CountedOperators() as operators, torch.no_grad():
+    with counted_launches() as launches, torch.no_grad():
         mlp(hidden_states())
     handle.remove()
     # A hook on every module sees the activation too, so that nothing is left to fuse.
-    assert mlp.act in seen and not operators.calls
+    assert mlp.act in seen and not launches
 
     original = mlp.w1.forward
     mlp.w1.forward = lambda x: original(x)
@@ -128,7 +131,7 @@ def test_a_packed_gates_memory_is_reused_where_the_projection_reads_it_in_place(
         torch.testing.assert_close(mlp(x), expected)
         # Gate and up, and the output.
         allocated = x.shape[:-1].numel() * (2 * WIDE + HIDDEN) * x.element_size()
-        assert measuring.peak_bytes(lambda: mlp(x), x.device) == allocated
+        assert memory.peak_bytes(lambda: mlp(x), x.device) == allocated
     assert _reuses_gate(mlp) and not _reuses_gate(mlp, grad=True)
 
     kept = []
@@ -173,12 +176,12 @@ def test_hooks_that_only_gather_parameters_leave_the_activation_fused(mlp):
     gather.__module__ = "deepspeed.runtime.zero.parameter_offload"
     for module in mlp.modules():
         module.register_forward_pre_hook(gather)
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         mlp(hidden_states())
-        assert operators.names == ["product"] and {mlp.w1, mlp.w2, mlp.w3} <= set(gathered)
+        assert launches.names == ["swiglu_fwd"] and {mlp.w1, mlp.w2, mlp.w3} <= set(gathered)
         mlp.act.register_forward_hook(lambda module, args, out: None)
         mlp(hidden_states())
-    assert operators.names == ["product"] and mlp.act in gathered
+    assert launches.names == ["swiglu_fwd"] and mlp.act in gathered
 
 
 def test_a_global_hook_sees_the_same_modules(mlp):
@@ -194,14 +197,14 @@ def test_a_global_hook_sees_the_same_modules(mlp):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_an_activation_replaced_after_patching_is_honoured(mlp, grad):
+def test_an_activation_replaced_after_patching_takes_effect(mlp, grad):
     with torch.set_grad_enabled(grad):
         for replacement in (nn.GELU(), ACT2FN["swiglu"], nn.SiLU()):
             mlp.act = replacement
             torch.testing.assert_close(mlp(hidden_states()), GatedMLP.forward(mlp, hidden_states()))
 
 
-def test_a_forward_put_on_the_activation_itself_is_honoured(mlp):
+def test_a_forward_put_on_the_activation_itself_takes_effect(mlp):
     mlp.act.forward = torch.tanh
     torch.testing.assert_close(mlp(hidden_states()), GatedMLP.forward(mlp, hidden_states()))
 
@@ -240,9 +243,9 @@ def test_a_deep_copy_is_fused_and_independent():
     patch_model(model)
     twin = copy.deepcopy(model)
     expected = model(tokens()).logits
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         torch.testing.assert_close(twin(tokens()).logits, expected, rtol=0, atol=0)
-    assert operators.names == ["product"] * 2
+    assert launches.names == ["swiglu_fwd"] * 2
     unpatch_model(twin)
     torch.nn.init.zeros_(twin.model.layers[0].mlp.down_proj.weight)
     assert isinstance(model.model.layers[0].mlp, FusedModule)
@@ -266,6 +269,7 @@ def test_a_pickle_carries_the_original_class(protocol):
     torch.testing.assert_close(loaded.double()(tokens()).logits, model.double()(tokens()).logits)
 
 
+@pytest.mark.slow
 def test_torch_save_loads_where_hf_swiglu_was_never_imported(tmp_path):
     model = tiny_llama().double()
     patch_model(model)

@@ -7,7 +7,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from models import HIDDEN, GatedMLP, hidden_states, tiny_gemma, tiny_gpt2, tiny_llama, tiny_phi3, tokens
+from support.models import HIDDEN, GatedMLP, hidden_states, tiny_gemma, tiny_gpt2, tiny_llama, tiny_phi3, tokens
+from support.outcome import outcome
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -107,13 +108,9 @@ def test_tied_and_frozen_projections(change, needs_grad):
     change(mlp)
     untouched = copy.deepcopy(mlp)
     patch_model(nn.Sequential(mlp))
-    seen = []
-    for module in (mlp, untouched):
-        x = hidden_states(torch.float64).requires_grad_(needs_grad)
-        out = module(x)
-        leaves = [leaf for leaf in (x, *module.parameters()) if leaf.requires_grad]
-        seen.append([out.detach(), *(torch.autograd.grad(out.pow(2).sum(), leaves) if leaves else ())])
-    torch.testing.assert_close(*seen)
+    x = hidden_states(torch.float64)
+    results = [outcome(module, x, train_inputs=needs_grad) for module in (mlp, untouched)]
+    torch.testing.assert_close(*results)
 
 
 def _set_scale(mlp):
@@ -165,7 +162,7 @@ class Switched(Adjustable):
 @pytest.mark.parametrize(
     "cls, change", [(Scaled, _set_scale), (Counted, _set_count), (Limited, _set_limit), (Switched, _set_flag)]
 )
-def test_an_attribute_that_changes_after_patching_is_honoured(cls, change):
+def test_an_attribute_that_changes_after_patching_takes_effect(cls, change):
     mlp = cls().double()
     untouched = copy.deepcopy(mlp)
     patch_model(nn.Sequential(mlp), strict=False)
@@ -200,7 +197,7 @@ class ByHelper(ByProperty):
 
 
 @pytest.mark.parametrize("cls", [ByProperty, ByHelper])
-def test_two_configurations_of_one_class_are_told_apart(cls):
+def test_two_configurations_of_one_class_are_kept_apart(cls):
     model = nn.ModuleList([cls(0), cls(1), cls(0)]).double()
     untouched = copy.deepcopy(model)
     patch_model(model, strict=False)

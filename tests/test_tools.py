@@ -10,13 +10,14 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from models import CountedOperators, GatedMLP, hidden_states
+from support.models import GatedMLP, hidden_states
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hf_swiglu import patch_model, unpatch_model
 from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.testing import counted_launches
 
 
 @pytest.fixture
@@ -75,7 +76,6 @@ def test_vmap_and_functional_call(pair):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_pickle_is_the_originals(pair, protocol):
-    # GatedMLP is told by its module's name here.
     data = [pickle.dumps(mlp, protocol) for mlp in pair]
     assert isinstance(pair[1], FusedModule), "the module itself stays fused"
     loaded = pickle.loads(data[1])
@@ -245,13 +245,13 @@ def test_a_forward_wrapped_on_the_instance_is_unpatched_with_it(pair):
     _, fused = pair
     forward, calls = fused.forward, []
     fused.forward = lambda *args: calls.append(args) or forward(*args)
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         fused(hidden_states())
-    assert operators.names == ["product"]
+    assert launches.names == ["swiglu_fwd"]
     assert unpatch_model(fused) == 1
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         torch.testing.assert_close(fused(hidden_states()), pair[0](hidden_states()))
-    assert not operators.names and len(calls) == 2
+    assert not launches.names and len(calls) == 2
 
 
 def test_threads_use_and_pickle_one_module_at_once(pair):
@@ -277,6 +277,7 @@ def in_a_child(model, queue):
     queue.put((isinstance(model[0], FusedModule), model(hidden_states()).detach().numpy()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_child_processes(pair, method):
     context = multiprocessing.get_context(method)
@@ -290,17 +291,17 @@ def test_child_processes(pair, method):
     torch.testing.assert_close(torch.from_numpy(output), pair[0](hidden_states()).detach())
 
 
-def test_registries_of_subclasses_hear_of_none():
-    heard = []
+def test_registries_of_subclasses_get_no_entry():
+    registered = []
 
     class Registered(GatedMLP):
         def __init_subclass__(cls, *, name, **kwargs):
             super().__init_subclass__(**kwargs)
-            heard.append(name)
+            registered.append(name)
 
     class Mine(Registered, name="mine"):
         pass
 
     model = nn.Sequential(Mine())
     assert len(patch_model(model).fused) == 1
-    assert heard == ["mine"]
+    assert registered == ["mine"]

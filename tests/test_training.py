@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from models import VOCABULARY, CountedOperators, tiny_llama, tiny_phi3
+from support.models import VOCABULARY, tiny_llama, tiny_phi3
 from test_finetune import finetune, write_text, write_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_swiglu import backends, models, patch_model
+from hf_swiglu import backends, patch_model
+from hf_swiglu.testing import counted_launches
 
-pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}"),
+]
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -38,7 +43,7 @@ def tiny(tmp_path_factory):
 
 
 def load(folder):
-    return models.load(models.resolve(str(folder)), torch.device("cpu"))
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def losses_of_fifty_steps(model, checkpointing):
@@ -65,10 +70,10 @@ def test_fifty_steps_of_float32(build, checkpointing):
     assert expected[-1] < expected[0] / 2
     patched = build()
     patch_model(patched)
-    with CountedOperators() as operators:
+    with counted_launches() as launches:
         losses = losses_of_fifty_steps(patched, checkpointing)
-    assert operators.names.count("product_backward") == 2 * 50
-    assert operators.names.count("product") == (3 if checkpointing else 2) * 2 * 50
+    assert launches.names.count("swiglu_bwd") == 2 * 50
+    assert launches.names.count("swiglu_fwd") == (3 if checkpointing else 2) * 2 * 50
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
@@ -87,9 +92,9 @@ def test_transformers_trainer(lora, tiny, tmp_path):
         if patch:
             patch_model(model)
         blocks = finetune.pack([write_text(tmp_path / "text.txt").read_text()], tokenizer, 64)
-        with CountedOperators() as operators:
+        with counted_launches() as launches:
             curves.append(logged(trainer.train(model, blocks, tmp_path, 5)))
-    assert operators.names.count("product_backward") == 2 * 5
+    assert launches.names.count("swiglu_bwd") == 2 * 5
     assert len(curves[1]) == 5 and curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
@@ -105,9 +110,9 @@ def test_trl_sft_trainer(lora, tiny, tmp_path):
         if patch:
             patch_model(model)
         torch.manual_seed(0)
-        with CountedOperators() as operators:
+        with counted_launches() as launches:
             curves.append(logged(sft.train(model, tokenizer, tmp_path, 5, lora)))
-    assert operators.names.count("product_backward") == 2 * 5
+    assert launches.names.count("swiglu_bwd") == 2 * 5
     assert len(curves[1]) == 5 and curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 

@@ -50,6 +50,11 @@ def unavailable(device: str) -> str | None:
     if device == "cpu":
         if importlib.util.find_spec("hf_swiglu.backends._cpu_kernels") is None:
             return "the C extension was not built when the package was installed (no working C compiler was found)"
+        try:
+            importlib.import_module("hf_swiglu.backends._cpu_kernels")
+        except ImportError as error:
+            # A wheel has no copy of the OpenMP library: torch's is found, or the system's.
+            return f"the C extension cannot be loaded: {error}"
         return None
     if device == "meta":
         return None

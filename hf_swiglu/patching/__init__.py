@@ -3,6 +3,8 @@
 methods, flow, shapes, matching     the gated products in the source of a class's methods
 recognition, survey                 the products of one module, of a model
 source, rewriting, classes          the class whose methods fuse them
-activations, fusing, ownership, recompute      what such methods call
+activations, fusing, ownership, recompute, composites      what such methods call
+memory, planning, forwards, regions, compiled      keep and tile
+rowwise, scopes, operators, children      whether a forward may run again, and on a part of its rows
 patch, swap, verify, report, load, fusion_config      what users call
 """

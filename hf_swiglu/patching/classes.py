@@ -20,8 +20,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 
 from hf_swiglu import _compat
-from hf_swiglu.patching import fusing, recompute
+from hf_swiglu.patching import compiled, forwards, fusing, recompute, regions
 from hf_swiglu.patching.activations import fusable
+from hf_swiglu.patching.memory import Memory
 from hf_swiglu.patching.recognition import Choice
 from hf_swiglu.patching.rewriting import rewrite
 
@@ -32,10 +33,10 @@ class FusedModule(nn.Module):
     A pickle therefore loads on a machine without hf_swiglu, unfused; `patch_model` fuses it again.
     """
 
-    # Of each fused class: what it was made from, what is rewritten in it, and whether backward computes products again.
+    # Of each fused class: what it was made from, what is rewritten in it, and what it keeps for backward.
     _swiglu_original: type[nn.Module]
     _swiglu_choices: tuple[Choice, ...]
-    _swiglu_recomputes: bool
+    _swiglu_memory: Memory
 
     def __init_subclass__(cls, **arguments):
         # The original's own, a registry's perhaps, is for subclasses that a user wrote.
@@ -94,19 +95,19 @@ class _Restore:
             self.module.__class__ = self.fused
 
 
-# By the original, whether the product is kept for backward, and what is rewritten.
+# By the original, what is kept for backward, and what is rewritten.
 _fused_classes: dict[tuple, type[nn.Module]] = {}
 
 
-def fused_class(original: type[nn.Module], choices: Sequence[Choice], recomputes: bool) -> type[nn.Module]:
-    """The subclass of `original` in which the chosen products are fused.
+def fused_class(original: type[nn.Module], choices: Sequence[Choice], memory: Memory) -> type[nn.Module]:
+    """The subclass of `original` in which the chosen products are fused, with the memory that is asked for.
 
     Raises:
         NoSource: a method, or its decorator, cannot be rewritten.
     """
-    key = (original, recomputes, *(choice.key for choice in choices))
+    key = (original, memory, *(choice.key for choice in choices))
     if key not in _fused_classes or not _is_as_made(_fused_classes[key]):
-        runtime = _runtime(recomputes)
+        runtime = _runtime(memory)
         methods: dict[str, object] = {}
         layers: dict[type, dict[str, object]] = {}
         for choice in choices:
@@ -115,14 +116,16 @@ def fused_class(original: type[nn.Module], choices: Sequence[Choice], recomputes
             is_reached = getattr(original, method.name) is method.function
             owner = original if is_reached else method.owner
             members = methods if is_reached else layers.setdefault(owner, {})
-            members[method.name] = rewrite(method, choice.products, runtime, owner)
+            members[method.name] = rewrite(method, choice.products, runtime, owner, keeps_first=memory.keep == 1)
+        if memory.keep < 2:
+            methods["forward"] = forwards.outer(methods.get("forward"), original, memory)
         between = [_subclass(owner, (owner,), layers[owner]) for owner in original.__mro__ if owner in layers]
         members = {
             **methods,
             "_swiglu_methods": methods,
             "_swiglu_original": original,
             "_swiglu_choices": tuple(choices),
-            "_swiglu_recomputes": recomputes,
+            "_swiglu_memory": memory,
         }
         _fused_classes[key] = _subclass(original, (FusedModule, original, *between), members)
     return _fused_classes[key]
@@ -153,20 +156,20 @@ def wrapper_of(cls: type[nn.Module]) -> str | None:
     return next(base.__name__ for base in cls.__mro__[1:] if not issubclass(base, FusedModule))
 
 
-def is_fused_so(cls: type[FusedModule], choices: Sequence[Choice], recomputes: bool) -> bool:
+def is_fused_so(cls: type[FusedModule], choices: Sequence[Choice], memory: Memory) -> bool:
     """Whether a fused class is what `fused_class` makes of these."""
     ours, theirs = ([choice.key for choice in each] for each in (choices, cls._swiglu_choices))
-    return ours == theirs and cls._swiglu_recomputes == recomputes
+    return ours == theirs and cls._swiglu_memory == memory
 
 
-def fused_over(cls: type[nn.Module], choices: Sequence[Choice], recomputes: bool) -> type[nn.Module]:
+def fused_over(cls: type[nn.Module], choices: Sequence[Choice], memory: Memory) -> type[nn.Module]:
     """`fused_class` for the class of a module, which may be one that `torch.nn.utils.parametrize` has made for it.
 
     That one stays outermost, because it is taken off again from there.
     """
     if not _is_parametrized(cls):
-        return fused_class(cls, choices, recomputes)
-    rebased = _rebased(cls, fused_over(cls.__bases__[0], choices, recomputes))
+        return fused_class(cls, choices, memory)
+    rebased = _rebased(cls, fused_over(cls.__bases__[0], choices, memory))
     rebased._swiglu_parametrized = cls  # type: ignore[attr-defined]
     return rebased
 
@@ -193,13 +196,17 @@ def bound_forwards(module: nn.Module) -> list[str]:
     ]
 
 
-def _runtime(recomputes: bool) -> dict[str, Any]:
+def _runtime(memory: Memory) -> dict[str, Any]:
     """What rewritten methods call, by the names that `rewriting` gives it."""
+    project = recompute.project if memory.keep == 2 else recompute.call
     functions = (fusing.gated, fusing.times, fusing.family, fusing.chained, fusing.packed, fusable)
     return {
         "fused": FusedModule,
         "is_compiling": is_dynamo_compiling,
-        "project": recompute.project if recomputes else recompute.call,
+        "project": regions.project if memory.keep < 2 else project,
+        "kept": regions.kept,
+        "call_original": compiled.caller(memory),
+        "call": compiled.call,
         **{function.__name__: function for function in functions},
     }
 

@@ -15,11 +15,12 @@ import transformers
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from hf_swiglu.patching.memory import checked
 from hf_swiglu.patching.patch import patch_model
 from hf_swiglu.patching.report import ALREADY_FUSED, FUSED, PatchReport
 from hf_swiglu.patching.verify import compare_fused
 
-_OPTIONS = {"activation": None, "recompute": True, "strict": True, "verify": False, "only": None}
+_OPTIONS = {"activation": None, "keep": None, "tile": None, "strict": True, "verify": False, "only": None}
 
 
 class Session:
@@ -27,6 +28,7 @@ class Session:
 
     def __init__(self, options: dict[str, Any]):
         self._options = _OPTIONS | options
+        checked(self._options["keep"], self._options["tile"])
         self._building = threading.local()
         # For each model that was built: its report's place in `reports`.
         self._models: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -86,7 +88,9 @@ class Session:
         if self._options["verify"]:
             for model in list(self._models):
                 compare_fused(model)
-        if self._options["strict"] and not any(report.fused or report.already_fused for report in self.reports):
+        if self._options["strict"] and not any(
+            report.fused or report.already_fused or report.memory_only for report in self.reports
+        ):
             elsewhere = "other threads and processes need a patch_on_load of their own, or hf-swiglu run"
             seen = "\n".join(map(str, self.reports)) or f"no transformers model was built here; {elsewhere}"
             raise ValueError(f"patch_on_load: nothing was fused: {seen}\nPass strict=False to accept that")
@@ -133,7 +137,8 @@ def patch_on_load(**options) -> Iterator[list[PatchReport]]:
 
     Raises:
         TypeError: an unknown option.
-        ValueError: nothing is fused by the end (with `strict`), or a swap that a config cannot express.
+        ValueError: nothing is fused by the end (with `strict`), a `keep` or `tile` that makes no sense, or a swap that
+            a config cannot express.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -117,9 +117,9 @@ def value_of(expression: ast.expr, method: Method, module: nn.Module) -> object:
         values = flow.values_of(expression.id)
         if values is None or expression.id in flow.parameters or len(values) > 1:
             return UNKNOWN
-        return value_of(values[0], method, module) if values else _free_value(expression.id, method.inner)
+        return value_of(values[0], method, module) if values else free_value(expression.id, method.inner)
     if isinstance(expression, ast.Attribute):
-        return _attribute(value_of(expression.value, method, module), mangled(expression.attr, method.inner))
+        return attribute_of(value_of(expression.value, method, module), mangled(expression.attr, method.inner))
     if isinstance(expression, ast.Subscript):
         return _first(value_of(expression.value, method, module), expression.slice)
     if isinstance(expression, ast.Call) and not expression.args and not expression.keywords:
@@ -129,7 +129,8 @@ def value_of(expression: ast.expr, method: Method, module: nn.Module) -> object:
     return UNKNOWN
 
 
-def _free_value(name: str, function: types.FunctionType) -> object:
+def free_value(name: str, function: types.FunctionType) -> object:
+    """What a name that `function` does not bind stands for, in its closure or among its globals."""
     if name in function.__code__.co_freevars:
         try:
             return (function.__closure__ or ())[function.__code__.co_freevars.index(name)].cell_contents
@@ -138,7 +139,8 @@ def _free_value(name: str, function: types.FunctionType) -> object:
     return function.__globals__.get(name, getattr(builtins, name, UNKNOWN))
 
 
-def _attribute(value: object, name: str) -> object:
+def attribute_of(value: object, name: str) -> object:
+    """`value.name`, without running a property; UNKNOWN where it cannot be told."""
     if value is UNKNOWN:
         return UNKNOWN
     if isinstance(value, nn.Module):

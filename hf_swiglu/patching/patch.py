@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,10 @@ from torch import nn
 from hf_swiglu import _compat
 from hf_swiglu.patching import classes, swap
 from hf_swiglu.patching.classes import FusedModule
+from hf_swiglu.patching.memory import DEFAULT_KEEP, Memory, checked
+from hf_swiglu.patching.planning import settled
 from hf_swiglu.patching.recognition import Found
-from hf_swiglu.patching.report import ALREADY_FUSED, FUSED, SKIPPED, Entry, PatchReport, Verdict
+from hf_swiglu.patching.report import ALREADY_FUSED, FUSED, MEMORY_ONLY, SKIPPED, Entry, PatchReport, Verdict
 from hf_swiglu.patching.source import NoSource
 from hf_swiglu.patching.survey import choose, survey
 from hf_swiglu.patching.verify import compare
@@ -32,7 +35,8 @@ def patch_model(
     model: nn.Module,
     *,
     activation: str | None = None,
-    recompute: bool = True,
+    keep: int | None = None,
+    tile: int | None = None,
     strict: bool = True,
     verify: bool = False,
     only: str | Sequence[str] | None = None,
@@ -51,20 +55,24 @@ def patch_model(
         model: any `torch.nn.Module`; wrapped by PEFT, accelerate or DDP is fine.
         activation: "swiglu" or "silu" swaps the gates' activation first, in the modules and in the config. This
             changes the model's function. None, the default, keeps it.
-        recompute: keep gate and up for backward, and compute the product again when the down projection's gradient
-            needs it. False keeps the product as well: half a buffer's worth of arithmetic for a buffer of memory.
+        keep: how many buffers of tokens x intermediate size each MLP keeps for backward. 3: gate, up and the product.
+            2, the default: gate and up; the product is computed again. 1: gate; up comes from its projection again.
+            0: neither; both come from their projections again. The down projection never runs again.
+        tile: at most so many rows (tokens) of gate and up exist at a time, in inference and in training. `keep` is
+            then 0, and need not be given.
         strict: raise when there is nothing to fuse.
         verify: run each module on a random input before and after, and compare.
         only: shell-style patterns of class names or of qualified names, such as "LlamaMLP" or "model.layers.0.*".
 
     Returns:
-        What was fused and what was skipped, with the reasons. A module that was fused with other options is fused
-        again with these.
+        What was fused and what was skipped, with the reasons, and the `keep` and `tile` that each module got. MLPs
+        whose gate has another activation take `keep` below 2 and `tile` as well. A module that was fused with other
+        options is fused again with these.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: nothing to fuse (with `strict`), a pattern that matches nothing, an unknown activation, or a swap
-            that the config cannot express. The model is then as it was.
+        ValueError: nothing to fuse (with `strict`), a pattern that matches nothing, an unknown activation, a `keep` or
+            `tile` that makes no sense, or a swap that the config cannot express. The model is then as it was.
         RuntimeError: `verify` found a difference. The model is then as it was.
 
     Example:
@@ -77,13 +85,14 @@ def patch_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_model: model must be a torch.nn.Module; got {type(model).__name__}")
+    memory = checked(keep, tile)
     chosen = choose(model, only)
     with contextlib.ExitStack() as undo:
         if activation is not None:
             undo.enter_context(swap.swapped(model, survey(chosen), activation))
-        plan = [_planned(name, module, found, recompute) for name, module, found in survey(chosen)]
+        plan = [_planned(name, module, found, memory) for name, module, found in survey(chosen)]
         report = PatchReport([planned.entry for planned in plan])
-        if strict and not report.fused and not report.already_fused:
+        if strict and not (report.fused or report.already_fused or report.memory_only):
             raise ValueError(_nothing_fused(model, report))
         with contextlib.ExitStack() as restore:
             for planned in plan:
@@ -129,31 +138,43 @@ def unpatch_model(model: nn.Module) -> int:
     return len({module for _, module in modules} | set(swap.restore(model)))
 
 
-def _planned(name: str, module: nn.Module, found: Found, recompute: bool) -> _Planned:
-    def entry(verdict: Verdict, reason: str = "") -> Entry:
-        return Entry(name, type(module).__name__, verdict, found.kind, found.activation, reason)
+def _planned(name: str, module: nn.Module, found: Found, asked: Memory) -> _Planned:
+    def skipped(reason: str) -> _Planned:
+        entry = Entry(name, type(module).__name__, SKIPPED, found.kind, found.activation, reason)
+        return _Planned(entry, module, found)
 
-    if not found.choices:
-        return _Planned(entry(SKIPPED, found.reason), module, found)
+    def planned(verdict: Verdict, fused: type[nn.Module] | None) -> _Planned:
+        entry = dataclasses.replace(
+            skipped(found.reason).entry, verdict=verdict, keep=memory.keep, tile=memory.tile, note=note
+        )
+        return _Planned(entry, module, found, fused)
+
+    choices = found.choices or (found.others if asked.keep < DEFAULT_KEEP else ())
+    if not choices:
+        was_patched = isinstance(module, FusedModule) and classes.wrapper_of(type(module)) is None
+        return dataclasses.replace(
+            skipped(found.reason), fused=classes.original_class(type(module)) if was_patched else None
+        )
+    original = classes.original_class(type(module)) if isinstance(module, FusedModule) else type(module)
+    memory, note = settled(asked, module, original, choices, found.kind)
+    verdict = FUSED if found.choices else MEMORY_ONLY
+    if verdict == MEMORY_ONLY and memory.keep >= DEFAULT_KEEP:
+        return skipped(f"{found.reason}; {note}")
     if isinstance(module, FusedModule):
-        if classes.is_fused_so(type(module), found.choices, recompute):
-            return _Planned(entry(ALREADY_FUSED), module, found)
+        if classes.is_fused_so(type(module), choices, memory):
+            return planned(ALREADY_FUSED if found.choices else MEMORY_ONLY, None)
         wrapper = classes.wrapper_of(type(module))
         if wrapper is not None:
-            reason = f"it was fused with other options, and then wrapped by {wrapper}"
-            return _Planned(entry(SKIPPED, reason), module, found)
+            return skipped(f"it was fused with other options, and then wrapped by {wrapper}")
     if {"forward", _compat.ACCELERATE_FORWARD} & vars(module).keys() and not classes.bound_forwards(module):
-        reason = "its forward was replaced on the instance, by something other than accelerate's hooks"
-        return _Planned(entry(SKIPPED, reason), module, found)
-    original = classes.original_class(type(module)) if isinstance(module, FusedModule) else type(module)
+        return skipped("its forward was replaced on the instance, by something other than accelerate's hooks")
     try:
-        fused = classes.fused_over(original, found.choices, recompute)
+        return planned(verdict, classes.fused_over(original, choices, memory))
     except NoSource as reason:
-        return _Planned(entry(SKIPPED, str(reason)), module, found)
+        return skipped(str(reason))
     except TypeError as error:
         # A metaclass, or bases, that allow no such subclass.
-        return _Planned(entry(SKIPPED, f"its class cannot be subclassed: {error}"), module, found)
-    return _Planned(entry(FUSED), module, found, fused)
+        return skipped(f"its class cannot be subclassed: {error}")
 
 
 def _nothing_fused(model: nn.Module, report: PatchReport) -> str:

@@ -49,6 +49,8 @@ class Found:
     # None for a gate that is activated by something else, or a module that only looks like a gated MLP.
     params: GLUParams | None
     reason: str = ""
+    # The products of a gate with another activation, which no kernel computes: only their memory can be saved.
+    others: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,21 @@ def recognise(module: nn.Module, methods: Iterable[Method]) -> Found | None:
     for reading, method, activation in others:
         if activation.child is not None or _has_gated_shapes(module):
             reason = f"its gate's activation is {activation.name}, not SiLU or SwiGLU"
-            return Found((), _kind(reading, method, module), activation.name, activation.child, None, reason)
+            return Found(
+                (), _kind(reading, method, module), activation.name, activation.child, None, reason,
+                _unfused((method, reading) for reading, method, _ in others),
+            )  # fmt: skip
     return _suspected(module, methods)
+
+
+def _unfused(readings: Iterable[tuple[Method, Reading]]) -> tuple[Choice, ...]:
+    """The single expressions among them, method by method."""
+    chosen: dict[int, tuple[Method, list[Gated]]] = {}
+    for method, reading in readings:
+        products = chosen.setdefault(id(method), (method, []))[1]
+        if isinstance(reading, Gated) and not any(reading.node is other.node for other in products):
+            products.append(reading)
+    return tuple(Choice(method, tuple(products)) for method, products in chosen.values() if products)
 
 
 def _runs(method: Method, module: nn.Module) -> bool:

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
 
 from hf_swiglu import _compat, autograd
+from hf_swiglu.patching import composites
 from hf_swiglu.patching.activations import has_no_hooks
 
 # Where the forwards of projections come from that read their input and write to none of it; their hooks see to weights
 # and devices. Of other code that is not known: it may write through `.data`, which autograd does not notice.
 _TRUSTED = (
     "torch.nn.", "torch.ao.", "torch.distributed.", "transformers.", "peft.", "accelerate.", "deepspeed.",
-    "bitsandbytes.", "torchao.", "optimum.",
+    "bitsandbytes.", "torchao.", "optimum.", "torch.utils.module_tracker.",
 )  # fmt: skip
 _linear = F.linear
 
@@ -41,8 +42,26 @@ def project(down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:
         or not leaves_its_input_alone(down)
     ):
         return down(product)
-    with torch.autograd.graph.saved_tensors_hooks(*_hooks(node, product)):
-        return down(product)
+    return call_with_packed(down, product, _OfNode(node))
+
+
+class _OfNode:
+    """The product that its node in the graph computes again."""
+
+    def __init__(self, node):
+        self._node = node
+        # Only the innermost hooks apply: with none, the node's saved tensors are at hand.
+        self._holds_tensors = _compat.saved_tensors_default_hooks() is None
+
+    def one_more(self) -> Callable[[], Tensor]:
+        """For one saved tensor: the function that computes it."""
+        return autograd.recomputation(self._node, holds_tensors=self._holds_tensors)
+
+
+def call_with_packed(down: nn.Module, product: Tensor, again: Any) -> Tensor:
+    """`down(product)`, where the graph keeps `again.one_more()` in place of the product."""
+    with torch.autograd.graph.saved_tensors_hooks(*_hooks(product, again)):
+        return composites.call(down, product)
 
 
 def call(down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:
@@ -52,10 +71,17 @@ def call(down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:
 
 def leaves_its_input_alone(module: nn.Module) -> bool:
     """Whether all code that a call of the module runs is known not to write to its input."""
-    if _compat.has_global_hook() or F.linear is not _linear or nn.Module.__call__ is not _compat.module_call:
+    if is_every_call_watched():
         return False
     # Most have no children, and walking through none takes 2 us.
     return all(map(_is_trusted, module.modules() if module._modules else (module,)))
+
+
+def is_every_call_watched() -> bool:
+    """Whether code of a user's own sees the calls of every module, or of every linear one."""
+    if F.linear is not _linear or nn.Module.__call__ is not _compat.module_call:
+        return True
+    return _compat.has_global_hook() and not all(map(comes_from_trusted, _compat.global_hooks()))
 
 
 def _is_trusted(module: nn.Module) -> bool:
@@ -63,17 +89,18 @@ def _is_trusted(module: nn.Module) -> bool:
     # accelerate's wrapper of forward runs a hook, which may be a user's, or several.
     hook = state.get(_compat.ACCELERATE_HOOK)
     if not all(
-        map(_comes_from_trusted, (type(each) for each in (hook, *getattr(hook, "hooks", ())) if each is not None))
+        map(comes_from_trusted, (type(each) for each in (hook, *getattr(hook, "hooks", ())) if each is not None))
     ):
         return False
-    if "forward" in state and not _comes_from_trusted(state["forward"]):
+    if "forward" in state and not comes_from_trusted(state["forward"]):
         return False
-    if not _comes_from_trusted(cls.__call__) or not _comes_from_trusted(cls.forward):
+    if not comes_from_trusted(cls.__call__) or not comes_from_trusted(cls.forward):
         return False
-    return has_no_hooks(state, _comes_from_trusted)
+    return has_no_hooks(state, comes_from_trusted)
 
 
-def _comes_from_trusted(code: Any) -> bool:
+def comes_from_trusted(code: Any) -> bool:
+    """Whether a function, a method or a class is of a usual library."""
     while hasattr(code, "func"):
         code = code.func
     code = getattr(code, "__func__", code)
@@ -82,7 +109,7 @@ def _comes_from_trusted(code: Any) -> bool:
     return f"{where}.".startswith(_TRUSTED)
 
 
-def _hooks(node, product: Tensor) -> tuple[Callable, Callable]:
+def _hooks(product: Tensor, again: Any) -> tuple[Callable, Callable]:
     address, version, dtype, shape = product.data_ptr(), product._version, product.dtype, product.shape
     # Only the innermost hooks apply; what is none of ours goes to the next ones, gradient checkpointing's for instance.
     outer = _compat.saved_tensors_default_hooks()
@@ -92,7 +119,7 @@ def _hooks(node, product: Tensor) -> tuple[Callable, Callable]:
         return tensor.data_ptr() == address and tensor.dtype == dtype and tensor._version == version
 
     def recomputed(tensor: Tensor) -> _Recomputed:
-        return _Recomputed(autograd.recomputation(node, holds_tensors=outer is None), shape, dtype, tensor)
+        return _Recomputed(again.one_more(), shape, dtype, tensor)
 
     def pack(tensor: Tensor):
         if _compat.is_wrapper_subclass(tensor):
@@ -128,7 +155,7 @@ class _Recomputed:
             raise RuntimeError(
                 f"hf_swiglu: the product computed again for backward is {tuple(product.shape)} {product.dtype}, and "
                 f"was {tuple(self._shape)} {self._dtype}; a saved-tensor hook has changed gate or up. Patch with "
-                "recompute=False to keep the product instead"
+                "keep=3 to keep the product instead"
             )
         return product.as_strided(self._size, self._stride)
 

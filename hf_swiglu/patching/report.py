@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["fused", "already fused", "skipped"]
+from hf_swiglu.patching.memory import DEFAULT_KEEP
+
+Verdict = Literal["fused", "already fused", "memory only", "skipped"]
 FUSED: Verdict = "fused"
 ALREADY_FUSED: Verdict = "already fused"
+# A gate with another activation: no kernel computes it, and `keep` and `tile` apply all the same.
+MEMORY_ONLY: Verdict = "memory only"
 SKIPPED: Verdict = "skipped"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one module; `reason` says why a skipped one was skipped."""
+    """What became of one module.
+
+    `reason` says why it was not fused. `keep` and `tile` are what it got, None where it was skipped, and `note` says
+    why that is not what was asked for.
+    """
 
     name: str
     class_name: str
@@ -23,12 +32,22 @@ class Entry:
     kind: str = ""
     activation: str = ""
     reason: str = ""
+    keep: int | None = None
+    tile: int | None = None
+    note: str = ""
+
+    @property
+    def memory(self) -> str:
+        """What differs from the default, "keep=0, tile=512" for instance."""
+        settings = ("keep", None if self.keep == DEFAULT_KEEP else self.keep), ("tile", self.tile)
+        return ", ".join(f"{name}={value}" for name, value in settings if value is not None)
 
 
 class PatchReport(Sequence[Entry]):
     """Every module that was fused, or that looked like a gated MLP and was skipped, in the model's order.
 
-    Print it to read it; index or iterate it, or use `fused`, `already_fused` and `skipped`, to compute with it.
+    Print it to read it; index or iterate it, or use `fused`, `already_fused`, `memory_only` and `skipped`, to compute
+    with it.
 
     Example:
         >>> from hf_swiglu.patching.report import Entry, PatchReport
@@ -55,19 +74,25 @@ class PatchReport(Sequence[Entry]):
         return [entry for entry in self if entry.verdict == ALREADY_FUSED]
 
     @property
+    def memory_only(self) -> list[Entry]:
+        return [entry for entry in self if entry.verdict == MEMORY_ONLY]
+
+    @property
     def skipped(self) -> list[Entry]:
         return [entry for entry in self if entry.verdict == SKIPPED]
 
     def __str__(self) -> str:
         groups = defaultdict(list)
         for entry in self:
-            groups[entry.verdict, entry.class_name, entry.kind, entry.activation, entry.reason].append(entry.name)
-        counts = f"{len(self.fused)} fused, {len(self.already_fused)} already fused, {len(self.skipped)} skipped"
-        lines = [f"gated MLPs: {counts}"]
-        for (verdict, class_name, kind, activation, reason), names in groups.items():
+            groups[dataclasses.replace(entry, name="")].append(entry.name)
+        counts = [f"{len(self.fused)} fused", f"{len(self.already_fused)} already fused"]
+        counts += [f"{len(self.memory_only)} memory only"] if self.memory_only else []
+        lines = [f"gated MLPs: {', '.join([*counts, f'{len(self.skipped)} skipped'])}"]
+        for entry, names in groups.items():
             where = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
-            what = reason or f"{kind} gate and up, {activation}"
-            lines.append(f"  {verdict}: {len(names)} x {class_name} ({where}): {what}")
+            parts = [entry.reason or f"{entry.kind} gate and up, {entry.activation}", entry.memory, entry.note]
+            what = "; ".join(part for part in parts if part)
+            lines.append(f"  {entry.verdict}: {len(names)} x {entry.class_name} ({where}): {what}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:

@@ -6,7 +6,7 @@
                             if (p := fusable(f := self.act_fn)) else f(self.gate_proj(x)) * self.up_proj(x))
 
 and a `Chain` an `if` statement with the original statements under `else`. What is not fused is evaluated exactly as
-before: the same calls, in the same order. The calls are those of `fusing` and `recompute`.
+before: the same calls, in the same order. The calls are those of `fusing`, and of `recompute` or `regions`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,32 @@ _PREFIX = "_swiglu_"
 
 _GUARD = """
 if not {p}isinstance({owner}, {p}fused) or {p}class.{name} is not {p}original or {p}is_compiling():
-    return {p}class.{name}({arguments})
+    return {call}({p}class.{name}, {arguments})
 """
 
 
 def rewrite(
-    method: Method, products: Sequence[Gated | Chain], runtime: dict[str, object], owner: type
+    method: Method,
+    products: Sequence[Gated | Chain],
+    runtime: dict[str, object],
+    owner: type,
+    *,
+    keeps_first: bool = False,
 ) -> types.FunctionType:
     """The method with these of its products rewritten, for modules of `owner`.
 
+    With `keeps_first`, the call of `first_projection` becomes one of `kept`.
+
     `runtime` has the functions that rewritten code calls, and the class `fused` of modules that are to run it: on any
-    other, or once `owner` has another function by that name, or under torch.compile, what `owner` has then is called.
+    other, or once `owner` has another function by that name, or under torch.compile, what `owner` has then is called;
+    if it is forward, by `call_original`.
 
     Raises:
         NoSource: a decorator does not hold the function that it wraps in its closure.
     """
     function, inner, flow, name = method.function, method.inner, method.analysis.flow, method.name
     assert flow is not None
-    definition = _Copy(flow, products).definition()
+    definition = _Copy(flow, products, keeps_first).definition()
     names = {_PREFIX + key: value for key, value in runtime.items()}
     names |= {_PREFIX + "class": owner, _PREFIX + "original": function, _PREFIX + "isinstance": isinstance}
     if inner is function:
@@ -88,7 +96,9 @@ def _insert_guard(definition: ast.FunctionDef, flow: Flow, name: str) -> None:
     given += [f"*{arguments.vararg.arg}"] if arguments.vararg else []
     given += [f"{argument.arg}={argument.arg}" for argument in arguments.kwonlyargs]
     given += [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
-    guard = ast.parse(_GUARD.format(p=_PREFIX, owner=flow.owner, name=name, arguments=", ".join(given))).body
+    call = _PREFIX + ("call_original" if name == "forward" else "call")
+    text = _GUARD.format(p=_PREFIX, owner=flow.owner, name=name, arguments=", ".join(given), call=call)
+    guard = ast.parse(text).body
     has_docstring = ast.get_docstring(definition, clean=False) is not None
     for statement in guard:
         for node in ast.walk(statement):
@@ -96,17 +106,41 @@ def _insert_guard(definition: ast.FunctionDef, flow: Flow, name: str) -> None:
     definition.body[has_docstring:has_docstring] = guard
 
 
+def consumer(product: ast.expr, flow: Flow) -> ast.Call | None:
+    """The call whose one argument is the product, directly or under a name that nothing else reads."""
+    parent = flow.parents.get(id(product))
+    value: ast.expr | None = product
+    if isinstance(parent, (ast.Assign, ast.AnnAssign)):
+        name = shapes.target_name(parent)
+        value = flow.sole_use(name, flow.place(parent)) if name else None
+        parent = flow.parents.get(id(value)) if value is not None else None
+    if isinstance(parent, ast.Call) and shapes.is_plain_call(parent) and parent.args[0] is value:
+        return parent
+    return None
+
+
+def first_projection(product: Gated, flow: Flow) -> ast.Call | None:
+    """The call that makes the operand which is evaluated first, in the product or under a name that it alone reads."""
+    operand: ast.expr | None = product.up if product.up_first else product.gate
+    if isinstance(operand, ast.Name):
+        place = flow.definition_of([operand])
+        operand = place.statement.value if place is not None else None  # type: ignore[attr-defined]
+    return operand if isinstance(operand, ast.Call) and shapes.is_plain_call(operand) else None
+
+
 class _Copy:
     """Copies a definition, replacing products on the way."""
 
-    def __init__(self, flow: Flow, chosen: Sequence[Gated | Chain]):
+    def __init__(self, flow: Flow, chosen: Sequence[Gated | Chain], keeps_first: bool):
         self._flow, self._count = flow, 0
         self._gated = {id(product.node): product for product in chosen if isinstance(product, Gated)}
         self._chains: dict[int, list[Chain]] = {}
         for product in chosen:
             if isinstance(product, Chain):
                 self._chains.setdefault(id(product.place.block), []).append(product)
-        consumers = [self._consumer(product.node) for product in chosen]
+        firsts = [first_projection(product, flow) for product in chosen if keeps_first and isinstance(product, Gated)]
+        self._kept = {id(call) for call in firsts if call is not None}
+        consumers = [consumer(product.node, flow) for product in chosen]
         self._consumers = {id(call) for call in consumers if call is not None}
         self._consumer_paths = {
             id(product.node): self._own_path(call.func) for product, call in zip(chosen, consumers) if call is not None
@@ -118,18 +152,6 @@ class _Copy:
         result = self._plain(self._flow.definition)
         assert isinstance(result, ast.FunctionDef)
         return ast.fix_missing_locations(result)
-
-    def _consumer(self, product: ast.expr) -> ast.Call | None:
-        """The call whose one argument is the product, directly or under a name that nothing else reads."""
-        parent = self._flow.parents.get(id(product))
-        value: ast.expr | None = product
-        if isinstance(parent, (ast.Assign, ast.AnnAssign)):
-            name = shapes.target_name(parent)
-            value = self._flow.sole_use(name, self._flow.place(parent)) if name else None
-            parent = self._flow.parents.get(id(value)) if value is not None else None
-        if isinstance(parent, ast.Call) and shapes.is_plain_call(parent) and parent.args[0] is value:
-            return parent
-        return None
 
     def _own_path(self, node: ast.expr) -> str | None:
         """ "down_proj" of `self.down_proj`; None for what is not an attribute of the module."""
@@ -144,10 +166,10 @@ class _Copy:
             return self._replaced[id(node)]
         if id(node) in self._gated:
             return self._located(self._fused(self._gated[id(node)]), node)
-        if id(node) in self._consumers:
+        if id(node) in self._consumers or id(node) in self._kept:
             assert isinstance(node, ast.Call)
             arguments = [self._expression(node.func), self._expression(node.args[0])]
-            return self._located(_call("project", *arguments), node)
+            return self._located(_call("kept" if id(node) in self._kept else "project", *arguments), node)
         return self._plain(node)
 
     def _plain(self, node: ast.AST) -> ast.AST:

@@ -11,6 +11,7 @@ import ast
 import copy
 import dis
 import inspect
+import sys
 import types
 from collections.abc import Iterable
 
@@ -19,6 +20,11 @@ for _name in __future__.all_feature_names:
     _FUTURES |= getattr(__future__, _name).compiler_flag
 
 _FACTORY, _CLASS = "_swiglu_factory", "_SwiGLUNoClass"
+# In front of the name of the class around a compiled method: a method that names its own class means the global, and
+# private names are mangled without leading underscores.
+_NOT_THE_CLASS = "____"
+# Since Python 3.12 one instruction loads attributes and methods; the lowest bit of its argument tells methods.
+_METHOD_BIT = 1 if sys.version_info >= (3, 12) else 0
 
 
 class NoSource(Exception):
@@ -108,7 +114,7 @@ def _compile(
     """The code of `definition`, compiled where `function` stands: in its class, under the variables it closes over."""
     free = [name for name in function.__code__.co_freevars if name != "__class__"]
     # Private names are mangled with the class's name, and `super()` needs a class around it.
-    owner = ast.ClassDef(_class_name(function), [], [], [copy.deepcopy(definition)], [])
+    owner = ast.ClassDef(_NOT_THE_CLASS + _class_name(function), [], [], [copy.deepcopy(definition)], [])
     parameters = [ast.arg(name) for name in (*free, *names)]
     factory = ast.FunctionDef(_FACTORY, ast.arguments([], parameters, None, [], [], None, []), [owner], [], None)
     if hasattr(factory, "type_params") or "type_params" in factory._fields:
@@ -132,7 +138,8 @@ def _imported(code: types.CodeType) -> set[str]:
     names: set[str] = set()
     last = None
     for instruction in dis.get_instructions(code):
-        if instruction.opname == "LOAD_ATTR" and last is not None and last.opname == "LOAD_GLOBAL":
+        is_attribute = instruction.opname == "LOAD_ATTR" and not (instruction.arg or 0) & _METHOD_BIT
+        if is_attribute and last is not None and last.opname == "LOAD_GLOBAL":
             names.add(last.argval)
         last = instruction
     return names.union(*(_imported(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
@@ -155,5 +162,11 @@ def _same_code(ours: types.CodeType, theirs: types.CodeType) -> bool:
 
 
 def _same_constant(a: object, b: object) -> bool:
+    if isinstance(a, str) and isinstance(b, str) and a.startswith(_FACTORY):
+        # Up to Python 3.10 the qualified name of an inner function, a comprehension's too, is a constant.
+        return b.endswith(a.partition(_NOT_THE_CLASS)[2])
+    if isinstance(a, frozenset) and isinstance(b, frozenset):
+        # Equal sets may be in different orders.
+        return sorted(map(repr, a)) == sorted(map(repr, b))
     # As text, because 1, 1.0 and True are equal, and NaN is not.
     return type(a) is type(b) and repr(a) == repr(b)

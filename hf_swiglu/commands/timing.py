@@ -1,0 +1,112 @@
+"""Times of functions that run in alternating rounds, so that a change of the machine's speed affects all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Contenders = Mapping[str, Callable[[], object]]
+
+# Shorter turns would measure the clock, and what the other contenders left in the caches.
+_TURN_SECONDS = 0.005
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One number for each round."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.rounds) == 1:
+            return self.rounds[0], self.rounds[0]
+        lower, _, upper = statistics.quantiles(self.rounds, n=4)
+        return lower, upper
+
+
+class Times(_Sample):
+    """Seconds for one call, in each round."""
+
+
+class Ratio(_Sample):
+    """How many times faster one function is than another: the ratio of their times in each round."""
+
+    @classmethod
+    def of(cls, before: Times, after: Times) -> Ratio:
+        return cls(tuple(one / other for one, other in zip(before.rounds, after.rounds, strict=True)))
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether 1 lies between the quartiles."""
+        lower, upper = self.quartiles
+        return lower <= 1 <= upper
+
+    @property
+    def rounds_won(self) -> int:
+        return sum(ratio > 1 for ratio in self.rounds)
+
+
+def take_turns(
+    contenders: Contenders, seconds: float, device: torch.device, *, fewest_rounds: int = 5, calls: int | None = None
+) -> dict[str, Times]:
+    """The times of each contender: all have one turn in each round, and the order rotates.
+
+    Args:
+        contenders: functions without arguments.
+        seconds: how long to measure each contender.
+        device: where they run.
+        fewest_rounds: how many rounds are completed in any case.
+        calls: how many calls make a turn; by default, as many as take 5 ms.
+    """
+    turns = {name: _turn(function, calls, device) for name, function in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    deadline = time.perf_counter() + seconds * len(order)
+    while len(times[order[0]]) < fewest_rounds or time.perf_counter() < deadline:
+        for name in order:
+            times[name].append(turns[name]())
+        order.append(order.pop(0))
+    return {name: Times(tuple(rounds)) for name, rounds in times.items()}
+
+
+def seconds_per_call(function: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Wall-clock time of a call, all of the device's work included; the mean of several calls."""
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    _synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def _turn(function: Callable[[], object], calls: int | None, device: torch.device) -> Callable[[], float]:
+    """Measures one turn of a contender, in seconds for a call."""
+    if calls is None and device.type != "cpu":
+        return lambda: _device_turn(function)
+    if calls is None:
+        # The first call warms up.
+        function()
+        calls = max(1, round(_TURN_SECONDS / seconds_per_call(function, device)))
+    # Not torch.utils.benchmark's timer: it warms up with two calls before each turn, and some calls take 20 s.
+    return lambda: seconds_per_call(function, device, calls)
+
+
+def _device_turn(function: Callable[[], object]) -> float:
+    # It clears the cache before each call, and takes the time from the device.
+    from triton.testing import do_bench
+
+    return do_bench(function, warmup=5, rep=20, return_mode="median") / 1e3
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)

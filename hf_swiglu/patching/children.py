@@ -1,0 +1,104 @@
+"""What is known of the modules that a gated MLP calls: whether they treat rows apart, may run again, communicate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from hf_swiglu.patching.activations import ACTIVATION_CLASSES, has_no_hooks
+from hf_swiglu.patching.recompute import comes_from_trusted
+
+_ELEMENTWISE = (ACTIVATION_CLASSES - {nn.PReLU}) | {
+    nn.SiLU, nn.GELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.Tanh, nn.Mish,
+    nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.LogSigmoid, nn.Identity, nn.Dropout,
+}  # fmt: skip
+_NORMS = tuple(getattr(nn, name) for name in ("LayerNorm", "RMSNorm") if hasattr(nn, name))
+# Integer weights, turned back into floats at every call. bitsandbytes' Linear8bitLt looks at whole columns.
+_QUANTISED = {("bitsandbytes.nn.modules", "Linear4bit")}
+_ADAPTED = {("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.bnb", "Linear4bit")}
+# Their hooks move or gather weights. PEFT's may hand on one adapter's name for each sequence.
+_HARMLESS_HOOKS = ("accelerate.", "torch.distributed.", "deepspeed.")
+
+
+def not_rowwise(child: nn.Module) -> str | None:
+    """Why a call of `child` may look at several rows at once; "" where it acts on the last dimension alone, and None
+    where its class is not known."""
+    cls = type(child)
+    if not comes_from_trusted(cls.forward) or not comes_from_trusted(cls.__call__):
+        return None
+    name = (cls.__module__, cls.__name__)
+    if cls in _ELEMENTWISE:
+        return ""
+    if cls in _NORMS:
+        return "" if len(child.normalized_shape) == 1 else f"its {cls.__name__} takes in more than the last dimension"  # type: ignore[arg-type]
+    if cls is nn.Linear:
+        return "" if is_ordinary_weight(child.weight) else f"a weight of it is a {type(child.weight).__name__}"
+    if name in _QUANTISED:
+        return ""
+    return _adapters(child) if name in _ADAPTED else None
+
+
+def hooks_of_others(child: nn.Module) -> str:
+    """Which hooks see a call of `child`, or of a module in it, that do more than move or gather weights; "" if none."""
+    for each in child.modules():
+        hook = vars(each).get("_hf_hook")
+        wrapped = [inner for inner in (hook, *getattr(hook, "hooks", ())) if inner is not None]
+        if not has_no_hooks(vars(each), _is_harmless) or not all(comes_from_trusted(type(inner)) for inner in wrapped):
+            return f"a {type(each).__name__} in it has hooks"
+    return ""
+
+
+def has_usual_forward(child: nn.Module) -> bool:
+    """Whether no forward of a user's own hides the class's, in `child` and in what is in it."""
+    return all(comes_from_trusted(vars(each).get("forward", nn.Module.__call__)) for each in child.modules())
+
+
+def _adapters(child: nn.Module) -> str:
+    if getattr(child, "lora_variant", None):
+        return "an adapter is a variant of LoRA"
+    for name, inner in child.named_modules():
+        if inner is not child and not isinstance(inner, (nn.ModuleDict, nn.ParameterDict)):
+            reason = not_rowwise(inner)
+            if reason is None:
+                return f"{name} is a {type(inner).__name__}"
+            if reason:
+                return reason
+    return ""
+
+
+def is_ordinary_weight(weight: object) -> bool:
+    """Whether a weight is a plain tensor, or one that is sharded by rows or columns; quantising ones may look at all
+    rows of the input."""
+    return type(weight) in (Tensor, nn.Parameter) or type(weight).__name__ == "DTensor"
+
+
+def may_run_again(child: nn.Module) -> bool:
+    """Whether a second call of `child` computes the same and leaves nothing behind, as far as its class tells."""
+    return all(
+        comes_from_trusted(type(each).forward)
+        and not getattr(each, "track_running_stats", False)
+        and not getattr(each, "inplace", False)
+        for each in child.modules()
+    )
+
+
+def communicates(module: nn.Module) -> bool:
+    """Whether calls of the modules below gather weights from other processes: FSDP and ZeRO-3 below this module."""
+    return any(map(_gathers, (child for child in module.modules() if child is not module)))
+
+
+def _gathers(child: nn.Module) -> bool:
+    if any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(child).__mro__):
+        return True
+    return not has_no_hooks(vars(child), lambda hook: not _module_of(hook).startswith("deepspeed."))
+
+
+def _is_harmless(hook: Callable) -> bool:
+    return _module_of(hook).startswith(_HARMLESS_HOOKS)
+
+
+def _module_of(hook: Callable) -> str:
+    while hasattr(hook, "func"):
+        hook = hook.func
+    return f"{getattr(getattr(hook, '__func__', hook), '__module__', None) or type(hook).__module__}."

@@ -1,0 +1,24 @@
+"""What tests that start several processes need."""
+
+import datetime
+import socket
+
+import torch.distributed as dist
+
+
+def free_port() -> int:
+    """A port on which no process of this machine listens."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def join(rank: int, size: int, port: int) -> None:
+    """Make this process one of `size` that communicate over gloo."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=60),
+    )

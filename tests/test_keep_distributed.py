@@ -1,0 +1,90 @@
+"""keep=0 and tiles in DDP and FSDP2, over gloo: two processes train as one does, with sequences of any length."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.models import tiny_llama, tokens
+from support.processes import free_port, join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_swiglu import patch_model
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo"),
+]
+
+STEPS = 20
+# Of the two sequences one has fewer tokens, and tiles, than the other.
+LENGTHS = (40, 12)
+
+
+def sequences(step):
+    """One for each process."""
+    ids = tokens(step)
+    return [ids[rank : rank + 1, :length] for rank, length in enumerate(LENGTHS)]
+
+
+def mean_of_losses(model, parts):
+    return sum(model(input_ids=part, labels=part).loss for part in parts) / len(parts)
+
+
+def losses_of_one(model):
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = mean_of_losses(model, sequences(step))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train(rank, model):
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        part = sequences(step)[rank]
+        loss = model(input_ids=part, labels=part).loss
+        loss.backward()
+        optimizer.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / len(LENGTHS))
+    return losses
+
+
+def wrapped(model, how):
+    if how == "ddp":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (len(LENGTHS),))
+    for layer in model.model.layers:
+        units = {"layer": [layer], "mlp": [layer.mlp], "projections": layer.mlp.children()}[how]
+        for unit in units:
+            if any(True for _ in unit.parameters()):
+                fully_shard(unit, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _rank(rank, port, how, setting):
+    torch.set_num_threads(1)
+    join(rank, len(LENGTHS), port)
+    try:
+        model = tiny_llama().double()
+        expected = losses_of_one(copy.deepcopy(model))
+        patch_model(model, **setting)
+        model = wrapped(model, how)
+        torch.testing.assert_close(train(rank, model), expected)
+        del model
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("setting", [{"keep": 0}, {"tile": 16}], ids=str)
+@pytest.mark.parametrize("how", ["ddp", "layer", "mlp", "projections"])
+def test_two_processes_train_as_one(how, setting):
+    torch.multiprocessing.spawn(_rank, (free_port(), how, setting), nprocs=len(LENGTHS))
