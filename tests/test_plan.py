@@ -66,9 +66,9 @@ def test_the_prediction_is_what_a_step_takes(name, checkpointing, tmp_path):
 
 @pytest.mark.slow
 def test_the_prediction_for_smollm2_is_what_a_step_takes():
-    tokens = 256
+    tokens = 128
     plan = plan_memory(models.PACKAGED, tokens=tokens, dtype="fp32")
-    for row in (plan.rows[0], plan.rows[2], plan.rows[4]):
+    for row in (plan.rows[2], plan.rows[4]):
         model, _ = models.load(models.resolve(models.PACKAGED), torch.device("cpu"))
         expected = measured(model, row.options, False, tokens)
         predicted = row.peak_bytes - plan.weight_bytes - plan.optimizer_bytes
