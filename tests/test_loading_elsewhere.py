@@ -115,7 +115,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 model = LlamaForCausalLM(LlamaConfig(**{sizes}))
 fused = type(model.model.layers[0].mlp).__bases__[0].__name__
 # One write: the two processes share the output.
-sys.stdout.write(f"rank {os.environ['RANK']} {sys.argv[1:]} {fused}\n")
+sys.stdout.write(" ".join(map(str, ["rank", os.environ["RANK"], sys.argv[1:], fused])) + chr(10))
 """
 
 
