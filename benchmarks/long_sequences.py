@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.result_rows import Case, Row
 from hf_swiglu import patch_model
+from hf_swiglu.commands.models import enable_checkpointing
 from hf_swiglu.commands.peak_memory import peak_bytes
 from hf_swiglu.commands.timing import seconds_per_call, take_turns
 
@@ -55,7 +56,7 @@ def _step(
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(device).train()  # type: ignore[arg-type]
     if checkpointed:
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model)
     if options is not None:
         patch_model(model, **options)  # type: ignore[arg-type]
     ids = torch.randint(CONFIG["vocab_size"], (1, length), device=device)

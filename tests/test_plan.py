@@ -37,7 +37,7 @@ def measured(model, options, checkpointing, tokens):
     """Peak bytes of forward and backward on the CPU."""
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        models.enable_checkpointing(model)
     if options is not None:
         patch_model(model, strict=False, **options)
     ids = torch.zeros(1, tokens, dtype=torch.long)
@@ -49,7 +49,6 @@ def measured(model, options, checkpointing, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_prediction_is_what_a_step_takes(name, checkpointing, tmp_path):

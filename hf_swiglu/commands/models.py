@@ -134,3 +134,10 @@ def _in_one_line(source: Source) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             reason = "its repository ships code, which only `hf-swiglu inspect --trust-remote-code` runs"
         raise ModelError(f"cannot load {source.given}: {reason}") from error
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Run layers again in backward instead of keeping their activations, with transformers' default options."""
+    # transformers 5.24 has renamed it.
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)()

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from rich import box
 from rich.table import Table
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_swiglu.commands.inspection import build_on_meta, nothing_to_fuse
-from hf_swiglu.commands.models import ModelError, load_config, resolve
+from hf_swiglu.commands.models import ModelError, enable_checkpointing, load_config, resolve
 from hf_swiglu.commands.simulation import ATTENTION, Cost, simulate
 from hf_swiglu.patching.patch_model import patch_model, unpatch_model
 
@@ -105,7 +104,7 @@ def plan_memory(
     model.to(DTYPES[dtype])  # type: ignore[arg-type]
     model.set_attn_implementation(ATTENTION)
     if checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)
     # With keep=0, so that MLPs with activations other than SiLU are included.
     report = patch_model(model, keep=0, strict=False)
     mlps = [entry.name for entry in (*report.fused, *report.memory_only)]
@@ -182,12 +181,6 @@ def _step(model: PreTrainedModel, mlps: list[str], tokens: int) -> Cost:
         raise ModelError(f"{type(model).__name__} cannot be run without weights: {reason}") from error
     model.zero_grad(set_to_none=True)
     return cost
-
-
-def _enable_checkpointing(model: nn.Module) -> None:
-    # transformers 5.24 renamed it.
-    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
-    getattr(model, new if hasattr(model, new) else old)()
 
 
 def _gigabytes(size: int) -> str:
