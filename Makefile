@@ -60,8 +60,10 @@ coverage-oldest: $(OLDEST_READY)
 
 # The rows say which device they are of; the tables in both pages come from them.
 bench: $(READY)
-	$(BIN)/python -m benchmarks measure --compile --rows benchmarks/results/rows.jsonl
-	$(BIN)/python -m benchmarks plot benchmarks/results/rows.jsonl --folder benchmarks/results --page README.md --page docs/performance.md --page docs/long-sequences.md
+	$(BIN)/python -m benchmarks measure --compile --level kernel --level mlp --level model --rows benchmarks/results/rows.jsonl
+	$(BIN)/python -m benchmarks plot benchmarks/results/rows.jsonl --folder benchmarks/results --page README.md --page docs/performance.md
+	$(BIN)/python -m benchmarks measure --level long --rows benchmarks/results/long_sequences.jsonl
+	$(BIN)/python -m benchmarks plot benchmarks/results/long_sequences.jsonl --folder benchmarks/results --page docs/long-sequences.md
 	cp benchmarks/results/cpu_long_sequences.png docs/images/memory.png
 
 # The packaged SmolLM2 as a folder, for examples without the Hub.

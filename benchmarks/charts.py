@@ -47,9 +47,10 @@ def plot(files: Sequence[Path], *, folder: Path, pages: Iterable[Path] = ()) -> 
     folder.mkdir(parents=True, exist_ok=True)
     charts = []
     for device_type in dict.fromkeys(row["device_type"] for row in rows):
-        charts.append(folder / f"{device_type}.png")
         of_device = [row for row in rows if row["device_type"] == device_type]
-        _draw(of_device, charts[-1])
+        if any(row["level"] != "long" for row in of_device):
+            charts.append(folder / f"{device_type}.png")
+            _draw(of_device, charts[-1])
         long_rows = [row for row in of_device if row["level"] == "long"]
         if long_rows:
             charts.append(folder / f"{device_type}_long_sequences.png")
