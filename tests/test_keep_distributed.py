@@ -1,6 +1,7 @@
 """keep=0 and tiles in DDP and FSDP2, over gloo: two processes train as one does, with sequences of any length."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from support.processes import free_port, join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hf_swiglu import patch_model
 
@@ -88,3 +91,37 @@ def _rank(rank, port, how, setting):
 @pytest.mark.parametrize("how", ["ddp", "layer", "mlp", "projections"])
 def test_two_processes_train_as_one(how, setting):
     torch.multiprocessing.spawn(_rank, (free_port(), how, setting), nprocs=len(LENGTHS))
+
+
+def _losses(model):
+    """20 steps with the same sequence in every process."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        part = sequences(step)[0]
+        loss = model(input_ids=part, labels=part).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _tensor_parallel_rank(rank, port, setting, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    expected = _losses(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64).train())
+    shards = {"distributed_config": DistributedConfig(tp_plan="auto")}
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **shards).train()
+    mlp = model.model.layers[0].mlp
+    assert mlp.gate_proj.weight.to_local().shape[0] * 2 == model.config.intermediate_size
+    (entry, *_) = patch_model(model, **setting)
+    assert (entry.keep, entry.tile) == (0, setting.get("tile"))
+    torch.testing.assert_close(_losses(model), expected)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("setting", [{"keep": 0}, {"tile": 16}], ids=str)
+def test_tensor_parallel_trains_as_one(setting, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    torch.multiprocessing.spawn(_tensor_parallel_rank, (free_port(), setting, str(tmp_path)), nprocs=2)
