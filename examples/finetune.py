@@ -41,6 +41,7 @@ def parse(arguments):
     parser.add_argument("--out", type=Path, default=Path("finetuned"), help="folder of this run")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
     parser.add_argument("--patch", action=argparse.BooleanOptionalAction, default=True, help="fuse the model's MLPs")
+    parser.add_argument("--tile", default=None, help="tokens of an MLP's gate and up that exist at a time", **number)
     parser.add_argument("--steps", default=40, **number)
     parser.add_argument("--block", default=128, help="tokens in one sequence", **number)
     parser.add_argument("--batch", default=4, help="sequences in one forward of one process", **number)
@@ -284,7 +285,7 @@ def run(options) -> None:
         model = add_lora(model, options.lora)
     if options.patch:
         # Before `prepare`, so that FSDP wraps the fused module.
-        accelerator.print(patch_model(model))
+        accelerator.print(patch_model(model, tile=options.tile))
     options.out.mkdir(parents=True, exist_ok=True)
     if accelerator.state.deepspeed_plugin is not None:
         # DeepSpeed reads it from a data loader, and this script has none.

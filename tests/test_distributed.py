@@ -160,9 +160,10 @@ def test_fsdp2_with_lora(arguments, one_process, tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: make test-deepspeed"
 )
-def test_deepspeed_zero3(arguments, one_process, tmp_path):
+@pytest.mark.parametrize("options", [(), ("--tile", "16")], ids=str)
+def test_deepspeed_zero3(arguments, one_process, tmp_path, options):
     out = tmp_path / "out"
-    assert "DeepSpeedEngine" in launch("zero3.yaml", arguments, out)
+    assert "DeepSpeedEngine" in launch("zero3.yaml", arguments, out, *options)
     assert_same_curve(rows(out), one_process())
     assert reloaded_perplexity(out, arguments) == pytest.approx(rows(out)[-1]["perplexity"], rel=1e-5)
 
