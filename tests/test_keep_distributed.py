@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.models import tiny_llama, tokens
-from support.processes import free_port, join
+from support.processes import free_port, join, leave
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -76,15 +76,11 @@ def wrapped(model, how):
 def _rank(rank, port, how, setting):
     torch.set_num_threads(1)
     join(rank, len(LENGTHS), port)
-    try:
-        model = tiny_llama().double()
-        expected = losses_of_one(copy.deepcopy(model))
-        patch_model(model, **setting)
-        model = wrapped(model, how)
-        torch.testing.assert_close(train(rank, model), expected)
-        del model
-    finally:
-        dist.destroy_process_group()
+    model = tiny_llama().double()
+    expected = losses_of_one(copy.deepcopy(model))
+    patch_model(model, **setting)
+    torch.testing.assert_close(train(rank, wrapped(model, how)), expected)
+    leave()
 
 
 @pytest.mark.parametrize("setting", [{"keep": 0}, {"tile": 16}], ids=str)
@@ -118,7 +114,7 @@ def _tensor_parallel_rank(rank, port, setting, folder):
     (entry, *_) = patch_model(model, **setting)
     assert (entry.keep, entry.tile) == (0, setting.get("tile"))
     torch.testing.assert_close(_losses(model), expected)
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("setting", [{"keep": 0}, {"tile": 16}], ids=str)

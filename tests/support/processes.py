@@ -1,6 +1,7 @@
 """What tests that start several processes need."""
 
 import datetime
+import os
 import socket
 
 import torch.distributed as dist
@@ -22,3 +23,13 @@ def join(rank: int, size: int, port: int) -> None:
         world_size=size,
         timeout=datetime.timedelta(seconds=60),
     )
+
+
+def leave() -> None:
+    """End this process once all have come here, without destructors.
+
+    With threads of gloo still there, an ordinary exit has aborted ("terminate called without an active exception") in two
+    of eight runs (torch 2.13).
+    """
+    dist.barrier()
+    os._exit(0)
