@@ -28,8 +28,8 @@ def join(rank: int, size: int, port: int) -> None:
 def leave() -> None:
     """End this process once all have come here, without destructors.
 
-    With threads of gloo still there, an ordinary exit has aborted ("terminate called without an active exception") in two
-    of eight runs (torch 2.13).
+    With threads of gloo still there, an ordinary exit has aborted in two of eight runs: "terminate called without an
+    active exception" (torch 2.13).
     """
     dist.barrier()
     os._exit(0)
