@@ -33,7 +33,7 @@ test-fuzz: $(READY)
 test-newest: $(NEWEST_READY)
 	$(NEWEST)/bin/python -m pytest
 
-# All 2^32 pairs of 16-bit numbers, in every instruction set: an hour or so on two cores.
+# All 2^32 pairs of 16-bit numbers, in every CPU capability: an hour or so on two cores.
 test-every-pair: $(READY)
 	$(BIN)/python tools/every_pair.py
 
