@@ -29,6 +29,8 @@ Step = Callable[[nn.Module, Tensor], Callable[[], object]]
 
 # Enough tokens for the kernels, and few enough for float64.
 _CHECKED_TOKENS = 64
+# A call that takes longer, in seconds, is left out; estimated with an eighth of its tokens.
+_LONGEST_CALL, _ESTIMATED_FROM = 15, 8
 
 
 def measure(device: torch.device, seconds: float, compile: bool) -> Iterator[Row]:
@@ -82,14 +84,15 @@ def rivals(eager: nn.Module) -> dict[str, nn.Module]:
 
 
 def _takes_minutes(step: Step, module: nn.Module, tokens: int) -> bool:
-    """Whether a call would take over 15 s, estimated from one with an eighth of the tokens.
+    """Whether a call would take longer than a benchmark can wait, estimated from one with an eighth of the tokens.
 
     Some processors multiply bfloat16 30 times slower than float32.
     """
     weight = next(module.parameters())
-    if weight.device.type != "cpu" or tokens < 8:
+    if weight.device.type != "cpu" or tokens < _ESTIMATED_FROM:
         return False
-    return 8 * seconds_per_call(step(module, _input(module, tokens // 8)), weight.device) > 15
+    part = seconds_per_call(step(module, _input(module, tokens // _ESTIMATED_FROM)), weight.device)
+    return _ESTIMATED_FROM * part > _LONGEST_CALL
 
 
 def _input(module: nn.Module, tokens: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which path a call takes: a kernel, the plain formula, or a node of autograd's graph around a kernel.
+"""The path of a call (kernel, plain formula, or a node of autograd's graph around a kernel) and memory for its result.
 
     plain formula     captured by torch.compile or a tracer, transformed, of an unusual layout or subclass, on a device
                       or of a dtype without a kernel, or so small that eager PyTorch is faster

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import hf_swiglu
+from tools.source_files import page
 
 PACKAGE = Path(hf_swiglu.__file__).parent
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
@@ -65,6 +66,12 @@ def upward(module, targets, floor):
 def graph():
     known = modules()
     return {module: imported(path.read_text(), module, known) for module, path in known.items()}
+
+
+def test_the_list_of_source_files_is_up_to_date():
+    listed = CONTRIBUTING.with_name("docs") / "source-files.md"
+    assert listed.read_text() == page(), "run `python -m tools.source_files > docs/source-files.md`"
+    assert not re.findall(r"^\| .* \|  \|$", listed.read_text(), re.MULTILINE), "a file has no first sentence"
 
 
 def test_every_module_is_on_the_map_and_every_room_exists():

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_swiglu import patch_model
-from tools.model_support import comparison, instances
+from tools.model_support import comparison, meta_instances
 from tools.model_support.gate_classification import classify_installed_transformers
 from tools.model_support.not_mlp_gates import why_not_mlp_gate
 from tools.model_support.page import DECLINED, FAILED, FUSED, NO_GATE, OTHER
@@ -141,7 +141,7 @@ def test_one_gate_among_other_products_keeps_a_class_in():
 
 def instance(cls, config):
     with torch.device("meta"):
-        return instances.Instance(cls(config), (config,))
+        return meta_instances.Instance(cls(config), (config,))
 
 
 def mlp_instance():
@@ -185,31 +185,31 @@ def test_comparison_refuses_a_fusion_that_runs_no_kernel(monkeypatch):
 
 
 def test_a_model_that_cannot_be_built_is_noted_and_passed_over(monkeypatch):
-    monkeypatch.setattr(instances, "CONFIG_MAPPING_NAMES", {"llama": "LlamaConfig", "mixtral": "MixtralConfig"})
-    build = instances._build
+    monkeypatch.setattr(meta_instances, "CONFIG_MAPPING_NAMES", {"llama": "LlamaConfig", "mixtral": "MixtralConfig"})
+    build = meta_instances._build
 
     def failing(built, cls):
         if cls.__name__ == "LlamaModel":
             raise RuntimeError("cannot be built")
         build(built, cls)
 
-    monkeypatch.setattr(instances, "_build", failing)
-    instances._models_by_config.cache_clear()
-    built = instances.build_instances({MixtralExperts})
+    monkeypatch.setattr(meta_instances, "_build", failing)
+    meta_instances._models_by_config.cache_clear()
+    built = meta_instances.build_instances({MixtralExperts})
     assert built.unbuilt_types == {"llama": "RuntimeError: cannot be built"}
     assert MixtralExperts in built.by_class
     assert "__init__" in vars(MixtralExperts)
-    assert not hasattr(built.by_class[MixtralExperts].module, instances._ARGUMENTS)
+    assert not hasattr(built.by_class[MixtralExperts].module, meta_instances._ARGUMENTS)
 
 
 def test_a_part_of_a_model_that_fails_later_is_kept(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("cannot be finished")
 
-    monkeypatch.setattr(instances, "CONFIG_MAPPING_NAMES", {"llama": "LlamaConfig"})
-    monkeypatch.setattr(instances, "_build_alone", fail)
+    monkeypatch.setattr(meta_instances, "CONFIG_MAPPING_NAMES", {"llama": "LlamaConfig"})
+    monkeypatch.setattr(meta_instances, "_build_alone", fail)
     monkeypatch.setattr(LlamaPreTrainedModel, "post_init", fail)
-    built = instances.build_instances({LlamaMLP})
+    built = meta_instances.build_instances({LlamaMLP})
     assert built.unbuilt_types == {"llama": "RuntimeError: cannot be finished"}
     assert isinstance(built.by_class[LlamaMLP].args[0], LlamaConfig)
 

@@ -23,8 +23,8 @@ from hf_swiglu.commands.console import CommandError, run_app, show
 from hf_swiglu.commands.demo import run_demo
 from hf_swiglu.commands.inspection import inspect_model, nothing_to_fuse
 from hf_swiglu.commands.run_script import patched_processes, run_script
+from hf_swiglu.patching.activation_swap import ACTIVATIONS
 from hf_swiglu.patching.memory import settings
-from hf_swiglu.patching.swap import ACTIVATIONS
 
 app = typer.Typer(
     help="SwiGLU for Hugging Face transformers: fused gates for LLaMA-style MLPs.",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_swiglu import _compat
-from hf_swiglu.patching import swap
+from hf_swiglu.patching import activation_swap
 from hf_swiglu.patching.memory.planning import effective_setting
 from hf_swiglu.patching.memory.settings import DEFAULT_KEEP, Memory, checked
 from hf_swiglu.patching.recognition.gated_mlps import Found
@@ -90,7 +90,7 @@ def patch_model(
     chosen = choose(model, only)
     with contextlib.ExitStack() as undo:
         if activation is not None:
-            undo.enter_context(swap.swapped(model, survey(chosen), activation))
+            undo.enter_context(activation_swap.swapped(model, survey(chosen), activation))
         plan = [_planned(name, module, found, memory) for name, module, found in survey(chosen)]
         report = PatchReport([planned.entry for planned in plan])
         if strict and not (report.fused or report.already_fused or report.memory_only):
@@ -136,7 +136,7 @@ def unpatch_model(model: nn.Module) -> int:
             )
     for _, module in modules:
         fused_classes.set_class(module, fused_classes.original_class(type(module)))
-    return len({module for _, module in modules} | set(swap.restore(model)))
+    return len({module for _, module in modules} | set(activation_swap.restore(model)))
 
 
 def _planned(name: str, module: nn.Module, found: Found, requested: Memory) -> _Planned:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from hf_swiglu import backends, patch_model
 from hf_swiglu.testing import FLOOR, RATIO, counted_launches, kernels_at_every_size
-from tools.model_support.instances import Instance
+from tools.model_support.meta_instances import Instance
 
 # Sizes are halved until they are no larger, then rounded down to multiples of 16, as grouped_mm requires.
 _LARGEST, _MULTIPLE = 64, 16

@@ -18,7 +18,7 @@ from torch import nn
 from hf_swiglu.patching.recognition.gated_mlps import Found
 from hf_swiglu.patching.survey import survey
 from tools.model_support.comparison import NoComparison, why_different
-from tools.model_support.instances import Instance, Instances, build_instances, import_modeling_files
+from tools.model_support.meta_instances import Instance, Instances, build_instances, import_modeling_files
 from tools.model_support.not_mlp_gates import why_not_mlp_gate
 from tools.model_support.page import DECLINED, FAILED, FUSED, NO_GATE, OTHER, ClassStatus, ModelSupport
 from tools.model_support.source_scan import ScannedClass, scan

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tools.model_support.source_dataflow import Product
+from tools.model_support.activated_products import Product
 
 _ANY = r"[\s\S]*"
 # Activations with bounded or positive values. Gates of MLPs use them too, so no rule consists of this alone.

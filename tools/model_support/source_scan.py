@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from tools.model_support.source_dataflow import Product, module_scope, products_of, top_level
+from tools.model_support.activated_products import Product, module_scope, products_of, top_level
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+/* The CPU capability in use, and those of this processor, as Python reads and sets them. */
 #include "capabilities.h"
 
 #include <stddef.h>

@@ -1,3 +1,4 @@
+/* From torch.Tensor to address, shape, strides and dtype, through DLPack's exchange API, with the tests of each. */
 #include "dlpack_tensors.h"
 
 #include "dlpack.h"

@@ -1,4 +1,4 @@
-"""Whether a forward may run again in backward, and on a part of its rows, shown from its source.
+"""Whether a forward may run again in backward, and on a part of its rows, shown from its source: results and reasons.
 
 "Shown" means proved from the source. The forward of a module that takes one tensor is read statement by statement. Each
 expression is a tensor with the input's rows, or does not depend on the input; the values of names and attributes are

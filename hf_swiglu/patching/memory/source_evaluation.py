@@ -1,4 +1,4 @@
-"""One call of a function, read from its source: the values of its names and expressions. See `rowwise_proof`."""
+"""An abstract interpreter for `rowwise_proof`: one call of a function, statement by statement, with values of rows."""
 
 from __future__ import annotations
 

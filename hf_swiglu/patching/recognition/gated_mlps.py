@@ -1,4 +1,4 @@
-"""From one module to the gated products in its methods, or to the reason why it has none that can be fused."""
+"""One module's recognition: the products to fuse, their activation's value in this module, or why nothing is fused."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_swiglu.patching.activations import ACTIVATION_CLASSES, OTHER_FUNCTIONS, is_sigmoid, params_of
-from hf_swiglu.patching.recognition.flow import same
 from hf_swiglu.patching.recognition.gated_products import Chain, Gated
-from hf_swiglu.patching.recognition.methods import UNKNOWN, Method, value_of
+from hf_swiglu.patching.recognition.methods import UNKNOWN, Method, Reading, value_of
+from hf_swiglu.patching.recognition.projections import (
+    MATRIX_PRODUCTS,
+    has_gated_shapes,
+    is_of_projections,
+    layout_of,
+    own_path,
+)
 from hf_swiglu.reference import SILU, GLUParams
-
-Reading = Gated | Chain
-
-# Functions and methods that compute a matrix product.
-_PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm", "_grouped_mm"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def recognise(module: nn.Module, methods: Iterable[Method]) -> Found | None:
         for readings in method.analysis.readings:
             for reading in readings:
                 activation = _activation(reading, method, module)
-                if activation is None or not _is_of_projections(reading, method, module):
+                if activation is None or not is_of_projections(reading, method, module):
                     continue
                 if activation.params is None:
                     unfusable.append((reading, method, activation))
@@ -82,13 +83,13 @@ def recognise(module: nn.Module, methods: Iterable[Method]) -> Found | None:
             choices.append(Choice(method, tuple(chosen)))
     if first is not None:
         reading, method, activation = first
-        kind = _kind(reading, method, module)
+        kind = layout_of(reading, method, module)
         return Found(tuple(choices), kind, activation.name, activation.child, activation.params)
     for reading, method, activation in unfusable:
-        if activation.child is not None or _has_gated_shapes(module):
+        if activation.child is not None or has_gated_shapes(module):
             reason = f"its gate's activation is {activation.name}, not SiLU or SwiGLU"
             return Found(
-                (), _kind(reading, method, module), activation.name, activation.child, None, reason,
+                (), layout_of(reading, method, module), activation.name, activation.child, None, reason,
                 _unfused((method, reading) for reading, method, _ in unfusable),
             )  # fmt: skip
     return _suspected(module, methods)
@@ -123,7 +124,7 @@ def _activation(reading: Reading, method: Method, module: nn.Module) -> _Activat
     value = value_of(reading.activation, method, module)
     if value is UNKNOWN or not callable(value):
         return None
-    child = _own_path(reading.activation, method)
+    child = own_path(reading.activation, method)
     if isinstance(value, nn.Module):
         return _module_activation(value, child)
     if not isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)):
@@ -134,7 +135,11 @@ def _activation(reading: Reading, method: Method, module: nn.Module) -> _Activat
     # Any function may be a user-defined activation, except one that multiplies matrices.
     is_stored = child is not None and not hasattr(type(module), child)
     known = value in OTHER_FUNCTIONS or is_stored or (value.__module__ or "").partition(".")[0] not in ("torch", "")
-    return _Activation(name, None, None) if known and name not in _PRODUCTS and not _is_method(value, module) else None
+    return (
+        _Activation(name, None, None)
+        if known and name not in MATRIX_PRODUCTS and not _is_method(value, module)
+        else None
+    )
 
 
 def _module_activation(value: nn.Module, child: str | None) -> _Activation | None:
@@ -153,14 +158,6 @@ def _is_method(value: object, module: nn.Module) -> bool:
     return any(value is attribute for cls in type(module).__mro__ for attribute in vars(cls).values())
 
 
-def _own_path(expression: ast.expr, method: Method) -> str | None:
-    """ "act_fn" of `self.act_fn`; None for any other expression."""
-    flow = method.analysis.flow
-    assert flow is not None
-    text = ast.unparse(expression)
-    return text.removeprefix(f"{flow.owner}.") if text.startswith(f"{flow.owner}.") else None
-
-
 def _overlaps(reading: Reading, chosen: list[Reading]) -> bool:
     """Whether the chain would replace statements that a chosen one replaces."""
     return isinstance(reading, Chain) and any(
@@ -170,80 +167,6 @@ def _overlaps(reading: Reading, chosen: list[Reading]) -> bool:
     )
 
 
-def _is_of_projections(reading: Reading, method: Method, module: nn.Module) -> bool:
-    """Whether gate and up are outputs of projections, or functions of such outputs."""
-    parts = reading.operands if isinstance(reading, Chain) else (reading.gate, reading.up)
-    return all(_is_projected(part, method, module, frozenset()) for part in parts)
-
-
-def _is_projected(node: ast.expr, method: Method, module: nn.Module, seen: frozenset[str]) -> bool:
-    def again(inner: ast.expr) -> bool:
-        return _is_projected(inner, method, module, seen)
-
-    flow = method.analysis.flow
-    assert flow is not None
-    if isinstance(node, ast.Name):
-        if node.id in seen:
-            return True
-        values = flow.values_of(node.id)
-        if node.id in flow.parameters and not values:
-            # Helpers, `_apply_gate` among them, receive the outputs of the projections.
-            return method.name != "forward"
-        return bool(values) and all(_is_projected(value, method, module, seen | {node.id}) for value in values or ())
-    if isinstance(node, ast.Call):
-        return _is_projection(node, method, module) or any(map(again, _call_inputs(node)))
-    if isinstance(node, ast.BinOp):
-        return isinstance(node.op, ast.MatMult) or again(node.left) or again(node.right)
-    if isinstance(node, (ast.Subscript, ast.Attribute, ast.NamedExpr)):
-        return again(node.value)
-    if isinstance(node, ast.IfExp):
-        return again(node.body) and again(node.orelse)
-    if isinstance(node, ast.Tuple):
-        return bool(node.elts) and all(map(again, node.elts))
-    return isinstance(node, ast.UnaryOp) and again(node.operand)
-
-
-def _is_projection(call: ast.Call, method: Method, module: nn.Module) -> bool:
-    if isinstance(call.func, ast.Attribute) and call.func.attr in _PRODUCTS:
-        return True
-    value = value_of(call.func, method, module)
-    arguments = [value_of(argument, method, module) for argument in call.args]
-    is_child = isinstance(value, nn.Module) or _own_path(call.func, method) is not None
-    return is_child or any(isinstance(argument, nn.Module) for argument in arguments if argument is not module)
-
-
-def _call_inputs(call: ast.Call) -> list[ast.expr]:
-    """The tensor that a method is called on, or the first argument of a function."""
-    return [*([call.func.value] if isinstance(call.func, ast.Attribute) else []), *call.args[:1]]
-
-
-def _kind(reading: Reading, method: Method, module: nn.Module) -> str:
-    if hasattr(type(module), "_apply_gate"):
-        return "experts"
-    if isinstance(reading, Chain) and reading.layout is not None:
-        return "interleaved" if reading.layout == "interleaved" else "packed"
-    parts = reading.operands if isinstance(reading, Chain) else (reading.gate, reading.up)
-    sources = [_source(part, method) for part in parts]
-    if same(*parts):
-        return "separate"
-    return "packed" if sources[0] is not None and sources[0] == sources[1] else "separate"
-
-
-def _source(node: ast.expr, method: Method) -> object:
-    """The expression that a name was split from, or that a subscript indexes."""
-    flow = method.analysis.flow
-    assert flow is not None
-    if isinstance(node, ast.Subscript):
-        return ast.unparse(node.value)
-    values = flow.values_of(node.id) if isinstance(node, ast.Name) else None
-    if not values or len(values) > 1:
-        return None
-    if isinstance(values[0], ast.Tuple):
-        cut = {_source(part, method) if isinstance(part, ast.Subscript) else None for part in values[0].elts}
-        return cut.pop() if len(cut) == 1 else None
-    return values[0]
-
-
 def _suspected(module: nn.Module, methods: list[Method]) -> Found | None:
     """A module that resembles a gated MLP but has no recognised product, with the reason."""
     functions = {function.__name__ for function in OTHER_FUNCTIONS} | {F.silu.__name__}
@@ -251,7 +174,7 @@ def _suspected(module: nn.Module, methods: list[Method]) -> Found | None:
     code = getattr(type(module).forward, "__code__", None)
     has_activation = bool(activations) or bool(code and functions & set(code.co_names))
     is_experts = hasattr(type(module), "_apply_gate") and getattr(module, "has_gate", True)
-    if not is_experts and not (has_activation and _has_gated_shapes(module)):
+    if not is_experts and not (has_activation and has_gated_shapes(module)):
         return None
     unread = [
         f"its {method.name} cannot be read: {method.analysis.reason}" for method in methods if method.analysis.reason
@@ -259,20 +182,3 @@ def _suspected(module: nn.Module, methods: list[Method]) -> Found | None:
     reason = unread[0] if unread else "it has the parts of a gated MLP, but no activation is multiplied by a projection"
     name = type(activations[0]).__name__ if activations else ""
     return Found((), "experts" if is_experts else "separate", name, None, None, reason)
-
-
-def _has_gated_shapes(module: nn.Module) -> bool:
-    """Two projections hidden -> I, or one hidden -> 2 I, and one I -> hidden; attention has more of them."""
-    shapes = [
-        (child.in_features, child.out_features)
-        for child in module.children()
-        if hasattr(child, "in_features") and hasattr(child, "out_features")
-    ]
-    return len(shapes) <= 3 and any(
-        hidden != wide
-        and (
-            (shapes.count((hidden, wide)) == 2 and (wide, hidden) in shapes)
-            or (wide % 2 == 0 and (wide // 2, hidden) in shapes)
-        )
-        for hidden, wide in shapes
-    )

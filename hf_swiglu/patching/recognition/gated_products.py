@@ -1,4 +1,4 @@
-"""The gated products in a method's source: an activation's result multiplied by another tensor.
+"""The gated products in a method's source: an activation's result times another tensor, with the statements around it.
 
 There are two forms. A `Gated` is one expression,
 
@@ -21,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_swiglu.patching.recognition import expressions
-from hf_swiglu.patching.recognition.flow import Flow, Place, stored_names
+from hf_swiglu.patching.recognition import expression_patterns as patterns
+from hf_swiglu.patching.recognition.variable_uses import Flow, Place, first_target, stored_names, target_name
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,20 @@ class Chain:
 
 def gated_at(node: ast.AST) -> list[Gated]:
     """The readings of the node as a product: either factor may be the call of the activation."""
-    factors = expressions.factors(node)
+    factors = patterns.factors(node)
     if factors is None or not isinstance(node, ast.expr):
         return []
     first, second, multiply = factors
     return [
         Gated(node, gate.func, gate.args[0], up, up_first, multiply)
         for gate, up, up_first in ((first, second, False), (second, first, True))
-        if expressions.is_plain_call(gate) and isinstance(gate, ast.Call) and not isinstance(up, ast.Constant)
+        if patterns.is_plain_call(gate) and isinstance(gate, ast.Call) and not isinstance(up, ast.Constant)
     ]
 
 
 def chains_at(node: ast.AST, flow: Flow) -> list[Chain]:
     """The readings of the node as a product with limits, with a swish that is written out, or of a packed tensor."""
-    factors = expressions.factors(node)
+    factors = patterns.factors(node)
     if factors is None or factors[2] is not None or not isinstance(node, ast.expr) or flow.repeats(node):
         return []
     place = flow.place(node)
@@ -96,10 +96,10 @@ def consumer(product: ast.expr, flow: Flow) -> ast.Call | None:
     parent = flow.parents.get(id(product))
     value: ast.expr | None = product
     if isinstance(parent, (ast.Assign, ast.AnnAssign)):
-        name = expressions.target_name(parent)
+        name = target_name(parent)
         value = flow.sole_use(name, flow.place(parent)) if name else None
         parent = flow.parents.get(id(value)) if value is not None else None
-    if isinstance(parent, ast.Call) and expressions.is_plain_call(parent) and parent.args[0] is value:
+    if isinstance(parent, ast.Call) and patterns.is_plain_call(parent) and parent.args[0] is value:
         return parent
     return None
 
@@ -110,7 +110,7 @@ def first_projection(product: Gated, flow: Flow) -> ast.Call | None:
     if isinstance(operand, ast.Name):
         place = flow.definition_of([operand])
         operand = place.statement.value if place is not None else None  # type: ignore[attr-defined]
-    return operand if isinstance(operand, ast.Call) and expressions.is_plain_call(operand) else None
+    return operand if isinstance(operand, ast.Call) and patterns.is_plain_call(operand) else None
 
 
 class _Side:
@@ -134,23 +134,23 @@ class _Reading:
 
     def chain(self, gate: ast.expr, up: ast.expr, *, up_first: bool) -> Chain | None:
         gates, ups = _Side(gate), _Side(up)
-        self._match_limit(gates, expressions.upper_limit, "act_limit")
+        self._match_limit(gates, patterns.upper_limit, "act_limit")
         activation = sigmoid = None
-        swish = self._match(gates, expressions.written_swish)
+        swish = self._match(gates, patterns.written_swish)
         if swish is not None:
             sigmoid, uses, alpha = swish
             gates.replace(uses[0], uses)
             if alpha is not None:
                 self._limits["alpha"] = alpha
         else:
-            call = self._match(gates, lambda expression: expression if expressions.is_plain_call(expression) else None)
+            call = self._match(gates, lambda expression: expression if patterns.is_plain_call(expression) else None)
             if call is None:
                 return None
             activation = call.func
             gates.replace(call.args[0])
-        self._match_limit(gates, expressions.upper_limit, "gate_limit")
-        self._match_limit(ups, expressions.offset, "up_offset")
-        self._match_limit(ups, expressions.symmetric_limit, "up_limit")
+        self._match_limit(gates, patterns.upper_limit, "gate_limit")
+        self._match_limit(ups, patterns.offset, "up_offset")
+        self._match_limit(ups, patterns.symmetric_limit, "up_limit")
         operands, layout, is_last_use = self._operands(gates, ups)
         if not (self._limits or self._steps or sigmoid) or not all(map(self._is_invariant, self._limits.values())):
             return None
@@ -168,7 +168,7 @@ class _Reading:
         if found is not None or not isinstance(side.expression, ast.Name):
             return found
         place = self._flow.definition_of(side.uses)
-        if place is None or place.block is not self._place.block or expressions.target_name(place.statement) is None:
+        if place is None or place.block is not self._place.block or target_name(place.statement) is None:
             return None
         found = pattern(place.statement.value)  # type: ignore[attr-defined]
         if found is not None:
@@ -199,7 +199,7 @@ class _Reading:
         places = [self._flow.definition_of(side.uses) for side in (gate, up)]
         if places[0] is None or places[0] != places[1] or places[0].block is not self._place.block:
             return None
-        cut = expressions.halves(places[0].statement, gate.expression.id, up.expression.id)
+        cut = patterns.halves(places[0].statement, gate.expression.id, up.expression.id)
         if cut is None:
             return None
         packed, layout, uses = cut
@@ -214,7 +214,7 @@ class _Reading:
         if side.step is None or isinstance(side.expression, ast.Name):
             return side.expression
         statement = self._place.block[side.step]
-        name = expressions.target_name(statement) or expressions.first_target(statement)
+        name = target_name(statement) or first_target(statement)
         kept = ast.Assign([ast.Name(name, ast.Store())], side.expression)
         self._steps[side.step] = ast.copy_location(kept, statement)
         return ast.copy_location(ast.Name(name, ast.Load()), self._node)

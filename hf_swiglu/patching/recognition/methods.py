@@ -1,4 +1,4 @@
-"""The methods of a class that have gated products, and the values of the names in them for one module."""
+"""The methods of a class that multiply, and values of names and attributes in them, found without running code."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_swiglu.patching.recognition.flow import Flow
 from hf_swiglu.patching.recognition.gated_products import Chain, Gated, chains_at, gated_at
 from hf_swiglu.patching.recognition.method_source import NoSource, mangled, method_tree
+from hf_swiglu.patching.recognition.variable_uses import Flow
 
 # Modules with long methods that do not belong to a model.
 _FOREIGN = ("torch.", "transformers.modeling_utils", "transformers.generation.")
 UNKNOWN = object()
+
+Reading = Gated | Chain
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Analysis:
     """The readings of each product in one function, or the reason why its source cannot be read."""
 
     flow: Flow | None
-    readings: tuple[tuple[Gated | Chain, ...], ...]
+    readings: tuple[tuple[Reading, ...], ...]
     reason: str | None = None
 
 

@@ -17,10 +17,10 @@ import copy
 import types
 from collections.abc import Sequence
 
-from hf_swiglu.patching.recognition.flow import Flow, same
 from hf_swiglu.patching.recognition.gated_products import Chain, Gated, consumer, first_projection
 from hf_swiglu.patching.recognition.method_source import NoSource, rebuild, with_closure
 from hf_swiglu.patching.recognition.methods import Method
+from hf_swiglu.patching.recognition.variable_uses import Flow, same
 
 # Prefix of the names that rewriting adds.
 _PREFIX = "_swiglu_"

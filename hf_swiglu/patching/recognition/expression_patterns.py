@@ -1,10 +1,10 @@
-"""Patterns of single expressions and statements."""
+"""Patterns of single expressions: products, limits, offsets, swish written out, a tensor split in two."""
 
 from __future__ import annotations
 
 import ast
 
-from hf_swiglu.patching.recognition.flow import same
+from hf_swiglu.patching.recognition.variable_uses import same, target_names
 
 _MULTIPLICATIONS = {"mul", "multiply"}
 # Modules whose functions are called, not methods of a tensor.
@@ -92,33 +92,6 @@ def halves(statement: ast.stmt, gate: str, up: str) -> tuple[ast.expr, str, list
         ):
             return columns[0][0], "interleaved", [columns[0][0], columns[1][0]]
     return None
-
-
-def target_name(statement: ast.stmt) -> str | None:
-    """The name that the statement assigns to, if it is a single one."""
-    names = target_names(statement)
-    return names[0] if names is not None and len(names) == 1 and not isinstance(_target(statement), ast.Tuple) else None
-
-
-def first_target(statement: ast.stmt) -> str:
-    """The first name that an assignment binds."""
-    names = target_names(statement)
-    assert names
-    return names[0]
-
-
-def target_names(statement: ast.stmt) -> list[str] | None:
-    """The names that an assignment binds; None where it binds any other target."""
-    target = _target(statement)
-    parts = target.elts if isinstance(target, ast.Tuple) else [target]
-    names = [part.id for part in parts if isinstance(part, ast.Name)]
-    return names if len(names) == len(parts) else None
-
-
-def _target(statement: ast.stmt) -> ast.expr | None:
-    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-        return statement.targets[0]
-    return statement.target if isinstance(statement, ast.AnnAssign) and statement.value is not None else None
 
 
 def _clamp(node: ast.expr) -> tuple[ast.expr, ast.expr | None, ast.expr | None] | None:

@@ -1,4 +1,4 @@
-"""The definitions and uses of the names in one function, for straight-line code."""
+"""The variables of one function: the statements that define them and the expressions that use them."""
 
 from __future__ import annotations
 
@@ -135,6 +135,33 @@ def stored_names(statement: ast.stmt) -> set[str]:
         for node in ast.walk(statement)
         if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del))
     }
+
+
+def target_name(statement: ast.stmt) -> str | None:
+    """The name that the statement assigns to, if it is a single one."""
+    names = target_names(statement)
+    return names[0] if names is not None and len(names) == 1 and not isinstance(_target(statement), ast.Tuple) else None
+
+
+def first_target(statement: ast.stmt) -> str:
+    """The first name that an assignment binds."""
+    names = target_names(statement)
+    assert names
+    return names[0]
+
+
+def target_names(statement: ast.stmt) -> list[str] | None:
+    """The names that an assignment binds; None where it binds any other target."""
+    target = _target(statement)
+    parts = target.elts if isinstance(target, ast.Tuple) else [target]
+    names = [part.id for part in parts if isinstance(part, ast.Name)]
+    return names if len(names) == len(parts) else None
+
+
+def _target(statement: ast.stmt) -> ast.expr | None:
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        return statement.targets[0]
+    return statement.target if isinstance(statement, ast.AnnAssign) and statement.value is not None else None
 
 
 def same(a: ast.AST | None, b: ast.AST | None) -> bool:
