@@ -1,7 +1,7 @@
-"""The functions in plain PyTorch: the definition of correct, and the fallback everywhere.
+"""`GLUParams` (SILU, SWIGLU and the clamped ones) and their functions in plain PyTorch: the definition of correct.
 
-In float64 these are what every kernel is tested against. In any other dtype they are exactly what eager
-PyTorch computes for an unpatched model, so falling back to them never changes a result.
+They are the fallback everywhere. In float64 every kernel is tested against them. In any other dtype they are exactly
+what eager PyTorch computes for an unpatched model, so falling back to them never changes a result.
 """
 
 from __future__ import annotations

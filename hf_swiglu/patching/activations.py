@@ -1,4 +1,4 @@
-"""Which activations are SiLU or SwiGLU, and whether a call of one, in its present state, computes nothing else."""
+"""Which modules and functions are SiLU or SwiGLU, and whether a call of one, times up, may be fused at this moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Fusing a loaded model's MLPs, and undoing it. After an error the model is unchanged."""
+"""`patch_model` and `unpatch_model`: fusing a loaded model's MLPs, or an error that says why none can be fused.
+
+After an error the model is unchanged.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fusing transformers models as they are built, and once more when they are first called."""
+"""Fusing transformers models as they are built, by their classes' constructors, and again at their first call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-/* The CPU capability in use, and those of this processor, as Python reads and sets them. */
+/* Which CPU capabilities this processor has, read from cpuid, and the one in use. */
 #include "capabilities.h"
 
 #include <stddef.h>

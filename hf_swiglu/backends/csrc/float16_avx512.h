@@ -1,5 +1,5 @@
-/* float16 kernels with AVX512-FP16: products of two float16 numbers in float16 itself, which rounds as float32 and a
-   rounding do and saves the conversions. Only swish and its gradient are computed in float32. */
+/* float16 kernels with AVX512-FP16: swish and its gradient in float32, converted, and products in float16 itself. Such a
+   product rounds as one in float32 and a conversion do. */
 
 /* 32 float16 numbers, and what belongs to them as two vectors of float32. */
 typedef __m512h vhalf;

@@ -1,4 +1,5 @@
-/* The formulas of the kernels on vectors of float32, in the operations of a vector_*.h. */
+/* The formulas of the kernels on vectors of float32, rounded to the dtype after each step, in the operations of a
+   vector_*.h. */
 #include "exp.h"
 
 /* x rounded to the dtype, to nearest and ties to even, as a float32: PyTorch rounds after each operator. */
@@ -99,8 +100,9 @@ INLINE vfloat swiglu_gradient(int dtype, vfloat grad, vfloat alpha, vfloat gate,
    sigmoid_backward computes in float32 for bfloat16, and in float16 for float16. */
 INLINE vfloat written_gradient(int dtype, vfloat sum, vfloat grad, vfloat gate, vfloat s, const Params *params)
 {
-    const int steps = dtype == FLOAT16 ? FLOAT16 : FLOAT32;
-    vfloat inner = rounded(steps, v_mul(rounded(dtype, v_mul(grad, gate)), rounded(steps, v_sub(v_set(1.0f), s))));
+    const int inner_dtype = dtype == FLOAT16 ? FLOAT16 : FLOAT32;
+    vfloat complement = rounded(inner_dtype, v_sub(v_set(1.0f), s));
+    vfloat inner = rounded(inner_dtype, v_mul(rounded(dtype, v_mul(grad, gate)), complement));
     inner = rounded(dtype, v_mul(inner, s));
     inner = rounded(dtype, v_mul(inner, v_set(params->alpha)));
     sum = rounded(dtype, v_add(sum, rounded(dtype, v_mul(grad, s))));

@@ -1,5 +1,5 @@
-/* hf_swiglu.backends._cpu_kernels: the kernels as Python functions, of tensors or of addresses and strides. Shapes and
-   dtypes of the operands agree: `_ops` checks them. */
+/* hf_swiglu.backends._cpu_kernels: the kernels and the choice of a CPU capability as Python functions. Kernels take
+   tensors, or addresses and strides, whose shapes and dtypes agree: `_ops` checks them. */
 #include "capabilities.h"
 #include "dlpack_tensors.h"
 
