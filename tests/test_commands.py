@@ -85,6 +85,25 @@ def test_doctor_names_versions_kernels_and_reasons(capsys):
     assert re.search(rf"^ +cpu +{cpu_kernel} +{cpu_kernel} +{cpu_kernel} +pytorch", stdout, re.MULTILINE)
 
 
+def test_json_has_what_the_text_has(capsys, llama):
+    found = json.loads(run(capsys, "doctor", "--json")[1])
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["serving"]["cpu"]["float64"] == "pytorch"
+    assert [each["name"] for each in found["backends"]] == [each.name for each in hf_swiglu.available_backends()]
+    inspected = json.loads(run(capsys, "inspect", llama, "--json")[1])
+    assert (inspected["class_name"], inspected["model_type"]) == ("LlamaForCausalLM", "llama")
+    assert [entry["verdict"] for entry in inspected["report"]] == ["fused", "fused"]
+    assert inspected["report"][1]["name"] == "model.layers.1.mlp"
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor", "curves", "inspect", "plan", "run"])
+def test_the_list_of_commands_shows_whole_sentences(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, stdout, _ = run(capsys)
+    (line,) = re.findall(rf"^ +{command} +.*$", stdout, re.MULTILINE)
+    assert line.endswith(".") and not line.endswith("...") and len(line) <= 80
+
+
 def test_doctor_falls_back_to_pytorch_where_a_backend_cannot_run():
     cpu, triton, pytorch = hf_swiglu.available_backends()
     backends = (cpu._replace(available=False, detail="no compiler"), triton, pytorch)

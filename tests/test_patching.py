@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_swiglu import PatchReport, dispatch, patch_model, patch_on_load, unpatch_model
 from hf_swiglu.patching import patch_model as patch
+from hf_swiglu.patching.report import Entry
 from hf_swiglu.patching.rewriting import fused_classes
 from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 from hf_swiglu.testing import assert_close, counted_launches, why_not_close
@@ -244,4 +245,15 @@ def test_the_report_is_a_text_and_a_sequence():
     text = str(report)
     assert "2 fused, 0 already fused, 2 skipped" in text and "llama.model.layers.0.mlp ... " in text
     assert "2 x GemmaMLP" in text and "GELU" in text
-    assert text in repr(report)
+    assert text in repr(report) and max(map(len, text.splitlines())) <= 80
+    table = report._repr_html_()
+    assert table.count("<tr>") == 3 and "llama.model.layers.0.mlp ... " in table and "GELUTanh" in table
+    assert [entry["verdict"] for entry in report.to_json()] == ["fused"] * 2 + ["skipped"] * 2
+
+
+def test_the_report_escapes_names_and_never_breaks_them():
+    name = "layers.<0>." + "very_long_name." * 8 + "mlp"
+    report = PatchReport([Entry(name, "MLP", "skipped", reason="its source is not available, " * 5)])
+    lines = str(report).splitlines()
+    assert lines[-1].strip() == name and all(len(line) <= 80 for line in lines[:-1])
+    assert "layers.&lt;0&gt;" in report._repr_html_() and "<0>" not in report._repr_html_()

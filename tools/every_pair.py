@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_swiglu import reference
 from hf_swiglu.backends import _cpu_kernels, cpu
+from hf_swiglu.commands.console import progress
 from hf_swiglu.reference import SILU, SWIGLU, GLUParams
 
 FORMS = {
@@ -58,7 +59,7 @@ def compare(params: GLUParams, dtype: torch.dtype, capabilities: list[str]) -> d
     second = numbers.expand(CHUNK, -1).contiguous()
     ones = torch.ones_like(second)
     outs = [torch.empty_like(second) for _ in range(3)]
-    for gates in numbers.split(CHUNK):
+    for gates in progress(numbers.split(CHUNK), f"{dtype}, {params}"):
         gate = gates[:, None].expand(-1, len(numbers)).contiguous()
         leaves = [gate.detach().requires_grad_(), ones.detach().requires_grad_()]
         expected = [reference.swiglu_fwd(gate, second, params)]

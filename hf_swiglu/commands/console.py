@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Iterable
+from typing import TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
+
+Item = TypeVar("Item")
 
 
 class CommandError(Exception):
@@ -36,6 +41,12 @@ def show(what: object) -> None:
         Console().print(what)
     else:
         print(what, flush=True)
+
+
+def progress(items: Collection[Item], what: str) -> Iterable[Item]:
+    """The items, with a bar on stderr, if that is a terminal, until the last one is done."""
+    bar = Console(stderr=True)
+    return track(items, what, console=bar, transient=True, disable=not bar.is_terminal)
 
 
 def _fail(name: str, message: str, code: int) -> int:

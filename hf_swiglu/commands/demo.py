@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_swiglu.commands import doctor, models
+from hf_swiglu.commands.console import progress
 from hf_swiglu.commands.inspection import nothing_to_fuse
 from hf_swiglu.commands.peak_memory import peak_bytes
 from hf_swiglu.commands.phases import (
@@ -161,7 +162,7 @@ def _measure(model: PreTrainedModel, patched: PreTrainedModel, tokens: Tensor, s
     before, after = phases(model, tokens), phases(patched, tokens)
     share = seconds / (len(before) + len(after))
     results = []
-    for phase, label in _LABELS.items():
+    for phase, label in progress(_LABELS.items(), "measuring"):
         functions = {"before": before[phase], "after": after[phase]}
         peaks = [peak_bytes(function, model.device) for function in functions.values()]
         times = take_turns(functions, share, model.device, fewest_rounds=1, calls=1)

@@ -28,6 +28,16 @@ class Diagnosis:
     # Private names of other libraries that are missing, with what is disabled without each.
     missing: dict[str, str]
 
+    def to_json(self) -> dict[str, object]:
+        serving: dict[str, dict[str, str]] = {}
+        for (device, dtype), backend in self.serving.items():
+            serving.setdefault(device, {})[dtype] = backend
+        backends = [
+            {"name": backend.name, "available": backend.available, "detail": backend.detail}
+            for backend in self.backends
+        ]
+        return {**vars(self), "backends": backends, "serving": serving}
+
 
 def diagnose() -> Diagnosis:
     """Collect the versions, the machine and the kernels.

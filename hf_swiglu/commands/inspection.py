@@ -22,6 +22,9 @@ class Inspection:
     parameters: int
     report: PatchReport
 
+    def to_json(self) -> dict[str, object]:
+        return {**vars(self), "report": self.report.to_json()}
+
     def __str__(self) -> str:
         return (
             f"{self.class_name} ({self.model_type}), {self.parameters / 1e6:,.1f} M parameters, from its config alone\n"
@@ -48,7 +51,8 @@ def inspect_model(given: str, *, trust_remote_code: bool = False) -> Inspection:
         ...     print(inspect_model(folder))
         LlamaForCausalLM (llama), 6,738.4 M parameters, from its config alone
         patch_model would report gated MLPs: 32 fused, 0 already fused, 0 skipped
-          fused: 32 x LlamaMLP (model.layers.0.mlp ... model.layers.31.mlp): separate gate and up, SiLUActivation
+          fused: 32 x LlamaMLP: separate gate and up, SiLUActivation
+            model.layers.0.mlp ... model.layers.31.mlp
     """
     config = load_config(resolve(given), trust_remote_code=trust_remote_code)
     model = build_on_meta(given, config, trust_remote_code)

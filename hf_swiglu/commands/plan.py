@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from hf_swiglu.commands.console import progress
 from hf_swiglu.commands.inspection import build_on_meta, nothing_to_fuse
 from hf_swiglu.commands.models import ModelError, enable_checkpointing, load_config, resolve
 from hf_swiglu.commands.simulation import ATTENTION, Cost, simulate
@@ -114,7 +115,7 @@ def plan_memory(
     weights = sum(parameter.nbytes for parameter in model.parameters())
     rows: list[Row] = []
     unpatched: Cost | None = None
-    for setting, options in SETTINGS:
+    for setting, options in progress(SETTINGS, "simulating training steps"):
         if options is not None:
             patch_model(model, strict=False, **options)  # type: ignore[arg-type]
         cost = _step(model, mlps, tokens)

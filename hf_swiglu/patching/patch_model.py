@@ -85,7 +85,8 @@ def patch_model(
         >>> config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
         >>> print(patch_model(LlamaForCausalLM(config)))
         gated MLPs: 2 fused, 0 already fused, 0 skipped
-          fused: 2 x LlamaMLP (model.layers.0.mlp ... model.layers.1.mlp): separate gate and up, SiLUActivation
+          fused: 2 x LlamaMLP: separate gate and up, SiLUActivation
+            model.layers.0.mlp ... model.layers.1.mlp
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_model: model must be a torch.nn.Module; got {type(model).__name__}")

@@ -17,6 +17,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedMo
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from hf_swiglu.commands.console import progress
 from tools.model_support.small_configs import small_config
 from tools.model_support.source_scan import modeling_files
 
@@ -64,7 +65,7 @@ def build_instances(wanted: Iterable[type[nn.Module]]) -> Instances:
     instances = Instances(len(CONFIG_MAPPING_NAMES))
     wanted = set(wanted)
     with _recorded(wanted) as begun:
-        for model_type in CONFIG_MAPPING_NAMES:
+        for model_type in progress(CONFIG_MAPPING_NAMES, "building every model type"):
             reason = _build_failure(functools.partial(_build_type, instances, model_type))
             if reason is not None:
                 instances.unbuilt_types[model_type] = reason
