@@ -41,9 +41,9 @@ def ids():
     return tokens() % 64
 
 
-def error_of(call):
+def error_of(capture, model):
     with pytest.raises(Exception) as caught:
-        call()
+        capture(model)
     return caught.type
 
 
@@ -79,7 +79,7 @@ def test_jit_script_and_fx_refuse_both_alike():
     """They take no model of transformers; `test_tools.py` has them for an MLP."""
     models = pair(one_layer(), {})
     for capture in (torch.jit.script, torch.fx.symbolic_trace):
-        assert error_of(lambda: capture(models[1])) is error_of(lambda: capture(models[0]))
+        assert error_of(capture, models[1]) is error_of(capture, models[0])
 
 
 def explained(model, **inputs):
