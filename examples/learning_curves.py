@@ -43,9 +43,11 @@ def over_seeds(runs: list[dict], key: str) -> torch.Tensor:
 
 
 def spread(values: torch.Tensor, digits: int) -> str:
-    """A cell of a table: mean, least and greatest."""
-    low, mean, high = (f"{value:,.{digits}f}" for value in (values.min(), values.mean(), values.max()))
-    return f"{mean} ({low} to {high})"
+    """A cell of a table: the mean, and of several seeds the least and the greatest."""
+    low, mean, high = (
+        f"{value:,.{digits if value < 1000 else 0}f}" for value in (values.min(), values.mean(), values.max())
+    )
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
 def markdown(heads: list[str], lines: list[list[str]]) -> str:
@@ -77,7 +79,7 @@ def save(figure, file: Path) -> None:
     from matplotlib import pyplot
 
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, handlelength=3)
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, handlelength=3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=80)
     pyplot.close(figure)

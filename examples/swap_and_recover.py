@@ -36,10 +36,16 @@ def evaluate(model, held_out: torch.Tensor) -> dict[str, float]:
         largest.append(inputs[0].abs().max().item())
 
     hooks = [part.register_forward_pre_hook(look) for name, part in model.named_modules() if name.endswith("down_proj")]
-    losses = [loss_of(model, rows).item() for rows in held_out.split(4)]
+    losses = [loss_of(model, rows).item() * len(rows) for rows in held_out.split(4)]
     for hook in hooks:
         hook.remove()
-    return {"perplexity": math.exp(sum(losses) / len(losses)), "largest_product": max(largest)}
+    return {"perplexity": math.exp(sum(losses) / len(held_out)), "largest_product": max(largest)}
+
+
+def perplexity_of_frequencies(blocks: torch.Tensor, held_out: torch.Tensor, vocabulary: int) -> float:
+    """What a model reaches that knows how frequent each token is, and nothing else; every token counts once more."""
+    counts = torch.bincount(blocks.flatten(), minlength=vocabulary) + 1.0
+    return (counts / counts.sum())[held_out[:, 1:]].log().mean().neg().exp().item()
 
 
 def train(name: str, seed: int, options) -> dict:
@@ -50,6 +56,7 @@ def train(name: str, seed: int, options) -> dict:
     blocks, held_out = split(pack(read_text(options.text), tokenizer, options.block), options, processes=1)
     blocks, held_out = blocks.to(model.device), held_out.to(model.device)
     row = {"name": name, "seed": seed, "lr": options.lr, "original": evaluate(model, held_out)}
+    row["token_frequencies"] = perplexity_of_frequencies(blocks, held_out, model.config.vocab_size)
     patch_model(model, activation=MODELS[name])
     evaluations, norms, row["gradient_norm"], row["step"] = [evaluate(model, held_out)], [], [], [0]
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
@@ -76,6 +83,7 @@ def draw(rows: list[dict], file: Path) -> None:
     figure, (left, right) = two_panels()
     runs = by_name(rows, label).items()
     draw_curves(left, {name: (of_name[0]["step"], over_seeds(of_name, "perplexity")) for name, of_name in runs})
+    left.axhline(rows[-1]["token_frequencies"], color="#7F7F7F", linewidth=1.5, label="token frequencies alone")
     left.set(title="perplexity on held-out text", yscale="log")
     # Each norm is a mean since the evaluation before.
     draw_curves(right, {name: (of_name[0]["step"][1:], over_seeds(of_name, "gradient_norm")) for name, of_name in runs})
