@@ -11,7 +11,7 @@ NEWEST := .venv-newest
 NEWEST_READY := $(NEWEST)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
 RESULTS := benchmarks/results
-SWAPS := --model build/smollm2 --rows $(RESULTS)/swaps.jsonl --out docs/images/swap_and_recover.png
+SWAPS := --model build/smollm2 --rows $(RESULTS)/swaps.jsonl --out docs/images/swap_and_recover.png --page docs/training.md
 PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 
 .PHONY: demo test test-fast test-newest test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench activations smollm2 clean
@@ -70,7 +70,7 @@ bench: $(READY)
 
 # The runs of docs/training.md: an hour of one core's time.
 activations: $(READY) build/smollm2/config.json
-	$(BIN)/python examples/from_scratch.py --seeds 0 1 2 --rows $(RESULTS)/activations.jsonl --out docs/images/from_scratch.png
+	$(BIN)/python examples/from_scratch.py --seeds 0 1 2 --rows $(RESULTS)/activations.jsonl --out docs/images/from_scratch.png --page docs/training.md
 	$(BIN)/python examples/swap_and_recover.py $(SWAPS) --seeds 0 1 2
 	$(BIN)/python examples/swap_and_recover.py $(SWAPS) --seeds 0 1 2 --models unswapped --lr 1e-4
 

@@ -14,7 +14,18 @@ from pathlib import Path
 
 import torch
 from finetune import read_text
-from learning_curves import by_name, draw_curves, markdown, over_seeds, read_rows, save, spread, two_panels, write_row
+from learning_curves import (
+    by_name,
+    draw_curves,
+    markdown,
+    over_seeds,
+    read_rows,
+    save,
+    spread,
+    two_panels,
+    write_row,
+    write_table,
+)
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -121,6 +132,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--rows", type=Path, default=Path("from_scratch.jsonl"), help="runs are appended to this file")
     parser.add_argument("--out", type=Path, default=Path("from_scratch.png"), help="chart of the runs in --rows")
+    parser.add_argument("--page", type=Path, help="a Markdown page whose table is replaced")
     options = parser.parse_args(arguments)
     data = torch.frombuffer(bytearray("\n".join(read_text(options.text)).encode()), dtype=torch.uint8)
     command = " ".join(["python examples/from_scratch.py", *arguments])
@@ -130,6 +142,8 @@ def main(arguments=None) -> None:
     rows = [row for row in read_rows(options.rows) if (row["lr"], row["step"][-1]) == (options.lr, options.steps)]
     draw(rows, options.out)
     print(f"nats per byte on text that was not trained on, mean over the seeds (least to greatest):\n{table(rows)}")
+    if options.page:
+        write_table(options.page, "from_scratch", table(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What from_scratch.py and swap_and_recover.py share: a row for each run, and curves with the spread over seeds."""
 
 import json
+import re
 from collections.abc import Callable
 from datetime import datetime, timezone
 from operator import itemgetter
@@ -52,6 +53,12 @@ def spread(values: torch.Tensor, digits: int) -> str:
 
 def markdown(heads: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [heads, ["---"] * len(heads), *lines])
+
+
+def write_table(page: Path, name: str, table: str) -> None:
+    """Replace what the Markdown page has between `<!-- name -->` and `<!-- end -->`."""
+    text = page.read_text(encoding="utf-8")
+    page.write_text(re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\2", text, flags=re.DOTALL))
 
 
 def draw_curves(axes, curves: dict[str, tuple[list[int], torch.Tensor]]) -> None:

@@ -14,7 +14,18 @@ from pathlib import Path
 
 import torch
 from finetune import SMOLLM2, learning_rate, load_model, pack, read_text, split
-from learning_curves import by_name, draw_curves, markdown, over_seeds, read_rows, save, spread, two_panels, write_row
+from learning_curves import (
+    by_name,
+    draw_curves,
+    markdown,
+    over_seeds,
+    read_rows,
+    save,
+    spread,
+    two_panels,
+    write_row,
+    write_table,
+)
 from tqdm import tqdm
 
 from hf_swiglu import patch_model
@@ -118,6 +129,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--rows", type=Path, default=Path("swap_and_recover.jsonl"), help="runs are appended to it")
     parser.add_argument("--out", type=Path, default=Path("swap_and_recover.png"), help="chart of the runs in --rows")
+    parser.add_argument("--page", type=Path, help="a Markdown page whose table is replaced")
     options = parser.parse_args(arguments, argparse.Namespace(accumulate=1, checkpointing=False))
     command = " ".join(["python examples/swap_and_recover.py", *arguments])
     for seed in options.seeds:
@@ -126,6 +138,8 @@ def main(arguments=None) -> None:
     rows = [row for row in read_rows(options.rows) if row["step"][-1] == options.steps]
     draw(rows, options.out)
     print(f"perplexity on text that was not trained on, mean over the seeds (least to greatest):\n{table(rows)}")
+    if options.page:
+        write_table(options.page, "swap_and_recover", table(rows))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,14 @@ def cells(printed: str) -> list[list[str]]:
 @pytest.mark.slow
 def test_from_scratch(tmp_path, capsys):
     text, picture, rows = write_text(tmp_path / "text.txt"), tmp_path / "curves.png", tmp_path / "rows.jsonl"
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- from_scratch -->\nold\n<!-- end -->\nafter\n")
     arguments = ["--text", str(text), "--steps", "2", "--seeds", "0", "1", "--out", str(picture), "--rows", str(rows)]
-    example("from_scratch").main(arguments)
-    printed = {row[0]: row[1:] for row in cells(capsys.readouterr().out)}
+    example("from_scratch").main([*arguments, "--page", str(page)])
+    output = capsys.readouterr().out
+    printed = {row[0]: row[1:] for row in cells(output)}
+    table = output[output.index("|") : output.rindex("|") + 2]
+    assert page.read_text() == f"before\n<!-- from_scratch -->\n{table}<!-- end -->\nafter\n"
     assert list(printed) == ["swiglu", "silu", "gelu", "relu"]
     runs = [json.loads(line) for line in rows.read_text().splitlines()]
     assert len(runs) == 8 and len({run["loss"][-1] for run in runs}) == 8
