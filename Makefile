@@ -13,9 +13,11 @@ NEWEST_READY := $(NEWEST)/.ready
 WORLD := .venv-world
 WORLD_READY := $(WORLD)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
+RESULTS := benchmarks/results
+SWAPS := --model build/smollm2 --rows $(RESULTS)/swaps.jsonl --out docs/images/swap_and_recover.png --page docs/training.md
 PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 
-.PHONY: demo test test-fast test-newest test-world test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 clean
+.PHONY: demo test test-fast test-newest test-world test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 activations clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
@@ -72,6 +74,12 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks measure --level long --rows benchmarks/results/long_sequences.jsonl
 	$(BIN)/python -m benchmarks plot benchmarks/results/long_sequences.jsonl --folder benchmarks/results --page docs/long-sequences.md
 	cp benchmarks/results/cpu_long_sequences.png docs/images/memory.png
+
+# The runs of docs/training.md: an hour of one core's time.
+activations: $(READY) build/smollm2/config.json
+	$(BIN)/python examples/from_scratch.py --seeds 0 1 2 --rows $(RESULTS)/activations.jsonl --out docs/images/from_scratch.png --page docs/training.md
+	$(BIN)/python examples/swap_and_recover.py $(SWAPS) --seeds 0 1 2
+	$(BIN)/python examples/swap_and_recover.py $(SWAPS) --seeds 0 1 2 --models unswapped --lr 1e-4
 
 # The packaged SmolLM2 as a folder, for examples without the Hub.
 smollm2: build/smollm2/config.json

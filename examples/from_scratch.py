@@ -1,25 +1,35 @@
-"""Train a small byte-level LLaMA from scratch on Shakespeare, once for each `hidden_act`, and compare the losses.
+"""Train a small byte-level LLaMA from scratch on Shakespeare, with each `hidden_act`, and compare the losses.
 
-    python examples/from_scratch.py                # swiglu, silu, gelu and relu; some minutes on a CPU
+    python examples/from_scratch.py                    # swiglu, silu, gelu and relu; some minutes on a CPU
+    python examples/from_scratch.py --seeds 0 1 2      # the same with three seeds: curves with their spread
 
-Same seed, same batches, same number of parameters and steps. One seed of one small model predicts little about a large
-one. `hidden_act="swiglu"` is the self-gated function, so that this MLP computes gate^2 * sigmoid(gate) * up; the SwiGLU
-of the papers is "silu".
+With one seed, all activations have the same initial weights and the same batches; parameters, steps and learning rate
+are the same for all. `hidden_act="swiglu"` is the self-gated function, so that this MLP computes
+gate^2 * sigmoid(gate) * up; the SwiGLU of the papers is "silu". docs/training.md has the results.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-import matplotlib
 import torch
 from finetune import read_text
+from learning_curves import (
+    by_name,
+    draw_curves,
+    markdown,
+    over_seeds,
+    read_rows,
+    save,
+    spread,
+    two_panels,
+    write_row,
+    write_table,
+)
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_swiglu import patch_model
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 ACTIVATIONS = ["swiglu", "silu", "gelu", "relu"]
 BLOCK, BATCH = 128, 16
@@ -58,51 +68,82 @@ def held_out_loss(model, data: torch.Tensor) -> float:
     return torch.stack([loss_of(model.eval(), batch(data, generator)) for _ in range(10)]).mean().item()
 
 
-def train(activation: str, data: torch.Tensor, steps: int, seed: int) -> tuple[list[float], float]:
-    """The loss of every step, and the loss on the last tenth of the text."""
+def train(activation: str, data: torch.Tensor, steps: int, seed: int, lr: float) -> dict:
+    """The row of one run: at ten times and at the start, the loss on the last tenth of the text, and the mean norm that
+    the gradient has had since the time before, before clipping."""
     model = build(activation, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
     training, held_out = data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :]
-    losses = []
-    for _ in tqdm(range(steps), desc=activation, unit="step"):
-        loss = loss_of(model.train(), batch(training, generator))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    row = {"name": activation, "seed": seed, "lr": lr, "step": [0], "loss": [held_out_loss(model, held_out)]}
+    row["gradient_norm"], norms = [], []
+    for step in tqdm(range(1, steps + 1), desc=f"{activation}, seed {seed}", unit="step"):
+        loss_of(model.train(), batch(training, generator)).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, held_out_loss(model, held_out)
+        if step % max(1, steps // 10) == 0 or step == steps:
+            row["step"].append(step)
+            row["loss"].append(held_out_loss(model, held_out))
+            row["gradient_norm"].append(torch.stack(norms).mean().item())
+            norms.clear()
+    return row
 
 
-def draw(curves: dict[str, list[float]], file: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for activation, losses in curves.items():
-        # A mean over ten steps: the loss differs more between batches than between activations.
-        means = torch.tensor(losses).unfold(0, min(10, len(losses)), 1).mean(dim=1)
-        axes.plot(means, label=activation)
-    axes.set(xlabel="step", ylabel="training loss, nats per byte, mean of ten steps")
-    axes.legend()
-    figure.savefig(file, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
+def draw(rows: list[dict], file: Path) -> None:
+    """The losses, and beside them their difference from silu's with the same seed."""
+    silu = {row["seed"]: row["loss"] for row in rows if row["name"] == "silu"}
+    figure, (left, right) = two_panels()
+    runs = by_name(rows).items()
+    draw_curves(left, {name: (of_name[0]["step"], over_seeds(of_name, "loss")) for name, of_name in runs})
+    left.set(title="loss on held-out text, nats per byte")
+    if silu.keys() >= {row["seed"] for row in rows}:
+        above = {}
+        for name, of_name in runs:
+            baseline = torch.tensor([silu[run["seed"]] for run in of_name], dtype=torch.float64)
+            above[name] = of_name[0]["step"], over_seeds(of_name, "loss") - baseline
+        draw_curves(right, above)
+        right.set(title="above silu's with the same seed")
+    save(figure, file)
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: means over the seeds, and from the least to the greatest."""
+    runs = by_name(sorted(rows, key=lambda row: row["lr"]), lambda row: (row["name"], row["lr"]))
+    early, last = (rows[0]["step"][place] for place in (1, -1))
+    heads = ["`hidden_act`", "learning rate", "seeds", f"loss at step {early}", f"loss at step {last}", "gradient norm"]
+    lines = []
+    for (name, lr), of_name in runs.items():
+        losses, norms = over_seeds(of_name, "loss"), over_seeds(of_name, "gradient_norm").mean(0)
+        cells = [name, f"{lr:g}", str(len(of_name)), spread(losses[:, 1], 3), spread(losses[:, -1], 3)]
+        lines.append([*cells, f"up to {norms.max():.1f}, {norms[-1]:.2f} at the end"])
+    return markdown(heads, lines)
 
 
 def main(arguments=None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--activations", nargs="+", default=ACTIVATIONS)
     parser.add_argument("--text", nargs="+", type=Path, help="default: Shakespeare")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("from_scratch.png"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--rows", type=Path, default=Path("from_scratch.jsonl"), help="runs are appended to this file")
+    parser.add_argument("--out", type=Path, default=Path("from_scratch.png"), help="chart of the runs in --rows")
+    parser.add_argument("--page", type=Path, help="a Markdown page whose table is replaced")
     options = parser.parse_args(arguments)
     data = torch.frombuffer(bytearray("\n".join(read_text(options.text)).encode()), dtype=torch.uint8)
-    results = {name: train(name, data, options.steps, options.seed) for name in options.activations}
-    draw({name: losses for name, (losses, _) in results.items()}, options.out)
-    print(f"loss in nats per byte after {options.steps} steps, on text that was not trained on")
-    for name, (_, loss) in results.items():
-        print(f"  {name:8} {loss:.4f}")
+    command = " ".join(["python examples/from_scratch.py", *arguments])
+    for seed in options.seeds:
+        for name in options.activations:
+            write_row(options.rows, train(name, data, options.steps, seed, options.lr), command)
+    rows = [row for row in read_rows(options.rows) if (row["lr"], row["step"][-1]) == (options.lr, options.steps)]
+    draw(rows, options.out)
+    print(f"nats per byte on text that was not trained on, mean over the seeds (least to greatest):\n{table(rows)}")
+    if options.page:
+        write_table(options.page, "from_scratch", table(rows))
 
 
 if __name__ == "__main__":
