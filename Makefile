@@ -12,7 +12,7 @@ NEWEST_READY := $(NEWEST)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
 PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 
-.PHONY: demo test test-fast test-newest test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 clean
+.PHONY: demo test test-fast test-newest test-every-pair test-every-float test-sanitizers test-soak test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
@@ -40,6 +40,14 @@ test-every-pair: $(READY)
 # The largest error in float32, over all 2^32 gates.
 test-every-float: $(READY)
 	$(BIN)/python tools/every_float.py
+
+# The C kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; needs GCC.
+test-sanitizers: $(READY)
+	$(BIN)/python -m tools.sanitizers.run
+
+# 100,000 calls, 2,000 training steps and 500 cycles of patching, in which nothing may grow. A few minutes.
+test-soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak
 
 # DeepSpeed compiles itself where it is installed, which takes a compiler for C++.
 test-deepspeed: $(READY)

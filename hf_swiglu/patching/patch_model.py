@@ -1,8 +1,7 @@
-"""Fusing a loaded model's MLPs, and undoing it. After an error the model is unchanged."""
+"""Fusing a loaded model's MLPs, and undoing it. After an error or an interrupt the model is unchanged."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import nn
 
 from hf_swiglu import _compat
 from hf_swiglu.patching import swap
+from hf_swiglu.patching.changes import Changes
 from hf_swiglu.patching.memory.planning import effective_setting
 from hf_swiglu.patching.memory.settings import DEFAULT_KEEP, Memory, checked
 from hf_swiglu.patching.recognition.gated_mlps import Found
@@ -88,21 +88,22 @@ def patch_model(
         raise TypeError(f"patch_model: model must be a torch.nn.Module; got {type(model).__name__}")
     memory = checked(keep, tile)
     chosen = choose(model, only)
-    with contextlib.ExitStack() as undo:
-        if activation is not None:
-            undo.enter_context(swap.swapped(model, survey(chosen), activation))
+    changes = Changes()
+    with changes, changes:
+        is_swapped = activation is not None and swap.swap(model, survey(chosen), activation, changes)
         plan = [_planned(name, module, found, memory) for name, module, found in survey(chosen)]
         report = PatchReport([planned.entry for planned in plan])
         if strict and not (report.fused or report.already_fused or report.memory_only):
             raise ValueError(_nothing_fused(model, report))
-        with contextlib.ExitStack() as restore:
-            for planned in plan:
-                if planned.fused is not None:
-                    if verify:
-                        compare(planned.module, planned.entry.name, type(planned.module), planned.fused, planned.found)
-                    restore.callback(fused_classes.set_class, planned.module, type(planned.module))
-                    fused_classes.set_class(planned.module, planned.fused)
-            restore.pop_all()
+        pending = []
+        for planned in plan:
+            if planned.fused is not None:
+                if verify:
+                    compare(planned.module, planned.entry.name, type(planned.module), planned.fused, planned.found)
+                pending += fused_classes.class_changes(planned.module, planned.fused)
+        changes.make(pending)
+    if activation is not None and is_swapped:
+        swap.warn_of_adapters(model, activation)
     return report
 
 
@@ -134,9 +135,13 @@ def unpatch_model(model: nn.Module) -> int:
                 f"unpatch_model: {name} was wrapped as {type(module).__name__} by "
                 f"{fused_classes.wrapper_of(type(module))} after it was fused; unpatch a model before wrapping it"
             )
+    restored, pending = swap.restoration(model)
     for _, module in modules:
-        fused_classes.set_class(module, fused_classes.original_class(type(module)))
-    return len({module for _, module in modules} | set(swap.restore(model)))
+        pending += fused_classes.class_changes(module, fused_classes.original_class(type(module)))
+    changes = Changes()
+    with changes, changes:
+        changes.make(pending)
+    return len({module for _, module in modules} | set(restored))
 
 
 def _planned(name: str, module: nn.Module, found: Found, requested: Memory) -> _Planned:
