@@ -105,9 +105,11 @@ def loops_pass(folder: Path, sanitizer: str) -> bool:
 
 
 def is_reported(folder: Path, fault: Fault) -> bool:
-    """Whether the sanitizer stops a driver that is compiled with the fault, with its report."""
+    """Whether the sanitizer stops a driver that is compiled with the fault, with its report; in one capability."""
     sources = folder / "faulty"
     shutil.copytree(CSRC, sources)
+    kernels = sources / "kernels.h"
+    kernels.write_text(kernels.read_text().replace("#if defined(__x86_64__)", "#if 0"))
     file = sources / fault.file
     text = file.read_text()
     assert text.count(fault.right) == 1, (
