@@ -128,20 +128,22 @@ def unpatch_model(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch_model: model must be a torch.nn.Module; got {type(model).__name__}")
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedModule)]
-    for name, module in modules:
-        if fused_classes.wrapper_of(type(module)) is not None:
+    # Each class is read once: another thread may unpatch the same model.
+    classes = [(name, module, type(module)) for name, module in model.named_modules()]
+    modules = [each for each in classes if issubclass(each[2], FusedModule)]
+    for name, _, cls in modules:
+        if fused_classes.wrapper_of(cls) is not None:
             raise RuntimeError(
-                f"unpatch_model: {name} was wrapped as {type(module).__name__} by "
-                f"{fused_classes.wrapper_of(type(module))} after it was fused; unpatch a model before wrapping it"
+                f"unpatch_model: {name} was wrapped as {cls.__name__} by "
+                f"{fused_classes.wrapper_of(cls)} after it was fused; unpatch a model before wrapping it"
             )
     restored, pending = swap.restoration(model)
-    for _, module in modules:
-        pending += fused_classes.class_changes(module, fused_classes.original_class(type(module)))
+    for _, module, cls in modules:
+        pending += fused_classes.class_changes(module, fused_classes.original_class(cls))
     changes = Changes()
     with changes, changes:
         changes.make(pending)
-    return len({module for _, module in modules} | set(restored))
+    return len({module for _, module, _ in modules} | set(restored))
 
 
 def _planned(name: str, module: nn.Module, found: Found, requested: Memory) -> _Planned:

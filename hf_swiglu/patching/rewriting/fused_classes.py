@@ -108,8 +108,7 @@ def fused_class(original: type[nn.Module], choices: Sequence[Choice], memory: Me
         NoSource: a method, or its decorator, cannot be rewritten.
     """
     key = (original, memory, *(choice.key for choice in choices))
-    present = _fused_classes.get(key)
-    if present is None or not _is_unmodified(present):
+    if key not in _fused_classes or not _is_unmodified(_fused_classes[key]):
         runtime = _runtime(memory)
         methods: dict[str, object] = {}
         layers: dict[type, dict[str, object]] = {}
@@ -130,12 +129,8 @@ def fused_class(original: type[nn.Module], choices: Sequence[Choice], memory: Me
             "_swiglu_choices": tuple(choices),
             "_swiglu_memory": memory,
         }
-        made = _subclass(original, (FusedModule, original, *between), members)
-        if present is not None:
-            _fused_classes[key] = made
-        # Of several threads that have made one, the first counts.
-        present = _fused_classes.setdefault(key, made)
-    return present
+        _fused_classes[key] = _subclass(original, (FusedModule, original, *between), members)
+    return _fused_classes[key]
 
 
 def _is_unmodified(cls: type[nn.Module]) -> bool:
