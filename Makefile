@@ -17,7 +17,7 @@ RESULTS := benchmarks/results
 SWAPS := --model build/smollm2 --rows $(RESULTS)/swaps.jsonl --out docs/images/swap_and_recover.png --page docs/training.md
 PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 
-.PHONY: demo test test-fast test-newest test-world test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 activations clean
+.PHONY: demo test test-fast test-newest test-world test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 activations test-sanitizers test-soak clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
@@ -49,6 +49,14 @@ test-every-pair: $(READY)
 # The largest error in float32, over all 2^32 gates.
 test-every-float: $(READY)
 	$(BIN)/python tools/every_float.py
+
+# The C kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; needs GCC.
+test-sanitizers: $(READY)
+	$(BIN)/python -m tools.sanitizers.run
+
+# 100,000 calls, 2,000 training steps and 500 cycles of patching, in which nothing may grow. A few minutes.
+test-soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak
 
 # DeepSpeed compiles itself where it is installed, which takes a compiler for C++.
 test-deepspeed: $(READY)

@@ -133,6 +133,20 @@ def test_special_values(params):
     assert torch.equal(result.out.signbit()[gate == 0], expected.out.signbit()[gate == 0])
 
 
+@pytest.mark.parametrize("has_up", [True, False])
+@pytest.mark.parametrize("power", (1, 2))
+def test_a_gradient_of_zero_stays_zero_for_every_finite_gate(power, has_up):
+    # From 2^127 on, twice the gate is infinite.
+    gate = torch.tensor([1e19, 1e30, 1.6e38, 2e38, torch.finfo(torch.float32).max]).repeat(20)
+    gate = torch.cat([gate, -gate])
+    grad = torch.zeros_like(gate)
+    cases = [(GLUParams(power=power, alpha=alpha), torch.ones_like(gate)) for alpha in (1.0, 1.702, 0.5)]
+    for params, up in cases:
+        result = torch.full_like(gate, math.nan)
+        cpu.swiglu_bwd(grad, gate, up if has_up else None, result, torch.empty_like(gate) if has_up else None, params)
+        assert torch.equal(result, grad), params
+
+
 def test_clamps_pass_their_gradient_on_the_limit_as_in_pytorch():
     gate = torch.tensor([6.9, 7.0, 7.1, 3.0, 3.0, 3.0, 3.0, math.inf, math.nan])
     up = torch.tensor([0.5, 0.5, 0.5, 7.0, -7.0, 7.1, -7.1, 0.5, 0.5])

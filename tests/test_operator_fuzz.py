@@ -200,8 +200,7 @@ def compare_backward(params, gate, up, grad, gradients, plain_gradients):
     reference.swiglu_fwd(*(leaves if up is not None else (*leaves, None)), in_float32(params)).backward(grad.double())
     # The terms of gate's gradient cancel where its slope is 0, so its error is that of the terms.
     terms = factors(params, gate, up) * grad.double().abs()
-    overflows = gate.double().abs() ** params.power > 1e30
-    assert_within(gradients[0], plain_gradients[0], leaves[0].grad, 2 * units(params, gate) * terms, terms, overflows)
+    assert_within(gradients[0], plain_gradients[0], leaves[0].grad, 2 * units(params, gate) * terms, terms)
     if up is not None:
         exact = leaves[1].grad
         bound = units(params, gate) * exact.abs()
@@ -224,7 +223,7 @@ def in_float32(params):
     return GLUParams(params.power, *(torch.tensor(field, dtype=torch.float32).item() for field in params[1:]))
 
 
-def assert_within(result, plain, exact, bound, factors, overflows=False):
+def assert_within(result, plain, exact, bound, factors):
     """Finite results are within `bound` units of float32's epsilon; where plain PyTorch is finite, the kernel is.
 
     The sigmoid underflows below float32's smallest normal number, in plain PyTorch as well. In a gradient plain PyTorch
@@ -232,7 +231,7 @@ def assert_within(result, plain, exact, bound, factors, overflows=False):
     """
     finite = result.isfinite() & plain.isfinite() & exact.isfinite()
     # Of numbers whose product is near the end of the range, either may overflow on the way.
-    ordinary = torch.logical_not((factors > 1e30) & factors.isfinite() | torch.as_tensor(overflows))
+    ordinary = torch.logical_not((factors > 1e30) & factors.isfinite())
     assert not (plain.isfinite() & ~result.isfinite() & ordinary).any()
     smallest = torch.finfo(torch.float32)
     allowed = (bound * smallest.eps + (factors * 4 + 1) * smallest.tiny).nan_to_num(math.inf)[finite]

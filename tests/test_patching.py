@@ -117,7 +117,7 @@ def test_one_family_after_another_in_one_model():
     "owner, name, verify",
     [
         (fused_classes, "fused_over", False),
-        (fused_classes, "set_class", False),
+        (fused_classes, "class_changes", False),
         (patch, "compare", True),
         (patch, "_planned", False),
     ],

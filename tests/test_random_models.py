@@ -224,7 +224,7 @@ def test_a_fault_at_any_step_leaves_the_model_untouched(seed, monkeypatch):
     before = [(type(module), dict(vars(module))) for module in model.modules()]
     places = [
         (fused_classes, "fused_over"),
-        (fused_classes, "set_class"),
+        (fused_classes, "class_changes"),
         (patch, "_planned"),
         (patch, "survey"),
         (patch, "compare"),

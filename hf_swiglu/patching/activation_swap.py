@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import logging
-from collections.abc import Iterator
+import threading
 
 import torch
 import transformers
@@ -13,6 +14,7 @@ from torch import nn
 from transformers.activations import ACT2CLS, ACT2FN
 
 from hf_swiglu.patching.activations import ACTIVATION_CLASSES, ACTIVATION_PARAMS
+from hf_swiglu.patching.changes import Change, Changes, entry, removal
 from hf_swiglu.patching.recognition.gated_mlps import Found
 
 _logger = logging.getLogger(__name__)
@@ -26,9 +28,8 @@ ACTIVATIONS = {"silu": 1, "swiglu": 2}
 _RECORD = "_hf_swiglu_swap"
 
 
-@contextlib.contextmanager
-def swapped(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], activation: str) -> Iterator[None]:
-    """Swap the activation of every gated MLP that the survey found; an error inside undoes it.
+def swap(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], activation: str, changes: Changes) -> bool:
+    """Swap the activation of every gated MLP that the survey found; returns whether there was any to swap.
 
     Raises:
         ValueError: an unknown activation, an MLP whose activation cannot be swapped, or a swap after which a model
@@ -36,34 +37,27 @@ def swapped(model: nn.Module, surveyed: list[tuple[str, nn.Module, Found]], acti
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f'patch_model: activation must be "swiglu" or "silu"; got {activation!r}')
-    done: list[tuple[nn.Module, tuple]] = []
     names: list[str] = []
-    try:
-        for name, module, found in surveyed:
-            is_gated = found.params is not None or found.child is not None
-            if not is_gated or (found.params and found.params.power == ACTIVATIONS[activation]):
-                continue
-            done.append((module, _swap(model, name, module, _swappable_child(name, module, found), activation)))
-            names.append(name)
-        if done:
-            _check_reload(model, names, activation)
-        yield
-    except BaseException:
-        for module, step in reversed(done):
-            _undo_swap(module, step)
-        raise
-    if done:
-        _warn_of_adapters(model, activation)
+    for name, module, found in surveyed:
+        is_gated = found.params is not None or found.child is not None
+        if not is_gated or (found.params and found.params.power == ACTIVATIONS[activation]):
+            continue
+        changes.make(_swap(model, name, module, _swappable_child(name, module, found), activation))
+        names.append(name)
+    if names:
+        _check_reload(model, names, activation)
+    return bool(names)
 
 
-def restore(model: nn.Module) -> list[nn.Module]:
-    """Undo every swap below `model`; returns the modules whose activation was restored."""
+def restoration(model: nn.Module) -> tuple[list[nn.Module], list[Change]]:
+    """(the modules below `model` whose activation was swapped, the changes that undo every swap)"""
     swaps = [module for module in model.modules() if _RECORD in vars(module)]
+    pending: list[Change] = []
     for module in swaps:
-        child, original, edited = vars(module).pop(_RECORD)
-        module.set_submodule(child, original)
-        _reset(edited)
-    return swaps
+        child, original, edited = vars(module)[_RECORD]
+        pending += [removal(vars(module), _RECORD), _submodule(module, child, original)]
+        pending += [entry(vars(config), key, value) for config, key, value in reversed(edited)]
+    return swaps, pending
 
 
 def _swappable_child(name: str, module: nn.Module, found: Found) -> str:
@@ -75,33 +69,23 @@ def _swappable_child(name: str, module: nn.Module, found: Found) -> str:
     return found.child
 
 
-def _swap(model: nn.Module, name: str, module: nn.Module, child: str, activation: str) -> tuple:
-    """Swap one module's activation; returns (child, the previous activation, the previous config entries)."""
+def _swap(model: nn.Module, name: str, module: nn.Module, child: str, activation: str) -> list[Change]:
+    """The changes that swap one module's activation, in the module and in its config, and record that."""
     present = module.get_submodule(child)
-    module.set_submodule(child, ACT2FN[activation].train(present.training))
     config = _governing_config(model, name)
     edited = [(config, key, value) for key, value in _activation_entries(config, type(present))]
-    for _, key, _ in edited:
-        setattr(config, key, activation)
     # A second swap keeps the record of the first one, so that undo restores the original.
-    _, _, recorded = vars(module).setdefault(_RECORD, (child, present, []))
-    recorded += edited
-    return child, present, edited
+    _, original, recorded = vars(module).get(_RECORD, (child, present, []))
+    return [
+        _submodule(module, child, ACT2FN[activation].train(present.training)),
+        *(entry(vars(config), key, activation) for _, key, _ in edited),
+        entry(vars(module), _RECORD, (child, original, [*recorded, *edited])),
+    ]
 
 
-def _undo_swap(module: nn.Module, step: tuple) -> None:
-    child, present, edited = step
-    module.set_submodule(child, present)
-    _reset(edited)
-    _, original, recorded = vars(module)[_RECORD]
-    del recorded[len(recorded) - len(edited) :]
-    if original is present:
-        del vars(module)[_RECORD]
-
-
-def _reset(edited: list[tuple]) -> None:
-    for config, key, value in reversed(edited):
-        setattr(config, key, value)
+def _submodule(module: nn.Module, path: str, value: nn.Module) -> Change:
+    parent, _, name = path.rpartition(".")
+    return entry(module.get_submodule(parent)._modules, name, value)
 
 
 def _governing_config(model: nn.Module, name: str) -> object | None:
@@ -171,12 +155,18 @@ def _names(config: object | None, activation: str) -> bool:
 
 
 def _rebuilt(owner: transformers.PreTrainedModel) -> nn.Module | None:
-    try:
-        with torch.device("meta"):
-            return type(owner)(copy.deepcopy(owner.config))
-    except Exception:
+    built: list[nn.Module] = []
+
+    def build() -> None:
         # Constructors outside transformers may raise any exception.
-        return None
+        with contextlib.suppress(Exception), torch.device("meta"):
+            built.append(type(owner)(copy.deepcopy(owner.config)))
+
+    # Signals are handled in the main thread: an interrupt of this one would leave it with "meta" as its default device.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(build,))
+    thread.start()
+    thread.join()
+    return built[0] if built else None
 
 
 def _computes_alike(present: type, rebuilt: type) -> bool:
@@ -185,7 +175,7 @@ def _computes_alike(present: type, rebuilt: type) -> bool:
     )
 
 
-def _warn_of_adapters(model: nn.Module, activation: str) -> None:
+def warn_of_adapters(model: nn.Module, activation: str) -> None:
     """Warn that PEFT saves an adapter without its base's config, with only the name of the base's checkpoint."""
     loaded = [
         part.name_or_path

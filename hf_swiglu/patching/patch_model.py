@@ -1,11 +1,10 @@
 """`patch_model` and `unpatch_model`: fusing a loaded model's MLPs, or an error that says why none can be fused.
 
-After an error the model is unchanged.
+After an error or an interrupt the model is unchanged.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 
 from hf_swiglu import _compat
 from hf_swiglu.patching import activation_swap
+from hf_swiglu.patching.changes import Changes
 from hf_swiglu.patching.memory.planning import effective_setting
 from hf_swiglu.patching.memory.settings import DEFAULT_KEEP, Memory, checked
 from hf_swiglu.patching.recognition.gated_mlps import Found
@@ -92,21 +92,22 @@ def patch_model(
         raise TypeError(f"patch_model: model must be a torch.nn.Module; got {type(model).__name__}")
     memory = checked(keep, tile)
     chosen = choose(model, only)
-    with contextlib.ExitStack() as undo:
-        if activation is not None:
-            undo.enter_context(activation_swap.swapped(model, survey(chosen), activation))
+    changes = Changes()
+    with changes, changes:
+        is_swapped = activation is not None and activation_swap.swap(model, survey(chosen), activation, changes)
         plan = [_planned(name, module, found, memory) for name, module, found in survey(chosen)]
         report = PatchReport([planned.entry for planned in plan])
         if strict and not (report.fused or report.already_fused or report.memory_only):
             raise ValueError(_nothing_fused(model, report))
-        with contextlib.ExitStack() as restore:
-            for planned in plan:
-                if planned.fused is not None:
-                    if verify:
-                        compare(planned.module, planned.entry.name, type(planned.module), planned.fused, planned.found)
-                    restore.callback(fused_classes.set_class, planned.module, type(planned.module))
-                    fused_classes.set_class(planned.module, planned.fused)
-            restore.pop_all()
+        pending = []
+        for planned in plan:
+            if planned.fused is not None:
+                if verify:
+                    compare(planned.module, planned.entry.name, type(planned.module), planned.fused, planned.found)
+                pending += fused_classes.class_changes(planned.module, planned.fused)
+        changes.make(pending)
+    if activation is not None and is_swapped:
+        activation_swap.warn_of_adapters(model, activation)
     return report
 
 
@@ -131,16 +132,22 @@ def unpatch_model(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch_model: model must be a torch.nn.Module; got {type(model).__name__}")
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedModule)]
-    for name, module in modules:
-        if fused_classes.wrapper_of(type(module)) is not None:
+    # Each class is read once: another thread may unpatch the same model.
+    classes = [(name, module, type(module)) for name, module in model.named_modules()]
+    modules = [each for each in classes if issubclass(each[2], FusedModule)]
+    for name, _, cls in modules:
+        if fused_classes.wrapper_of(cls) is not None:
             raise RuntimeError(
-                f"unpatch_model: {name} was wrapped as {type(module).__name__} by "
-                f"{fused_classes.wrapper_of(type(module))} after it was fused; unpatch a model before wrapping it"
+                f"unpatch_model: {name} was wrapped as {cls.__name__} by "
+                f"{fused_classes.wrapper_of(cls)} after it was fused; unpatch a model before wrapping it"
             )
-    for _, module in modules:
-        fused_classes.set_class(module, fused_classes.original_class(type(module)))
-    return len({module for _, module in modules} | set(activation_swap.restore(model)))
+    restored, pending = activation_swap.restoration(model)
+    for _, module, cls in modules:
+        pending += fused_classes.class_changes(module, fused_classes.original_class(cls))
+    changes = Changes()
+    with changes, changes:
+        changes.make(pending)
+    return len({module for _, module, _ in modules} | set(restored))
 
 
 def _planned(name: str, module: nn.Module, found: Found, requested: Memory) -> _Planned:

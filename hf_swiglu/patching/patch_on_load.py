@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from hf_swiglu.patching.changes import Change, Changes, call_all, entry, variable
 from hf_swiglu.patching.memory.settings import checked
 from hf_swiglu.patching.patch_model import patch_model
 from hf_swiglu.patching.report import ALREADY_FUSED, FUSED, PatchReport
@@ -115,8 +116,9 @@ _process_session: Session | None = None
 _is_off: ContextVar[bool] = ContextVar("hf_swiglu_session_is_off", default=False)
 
 _lock = threading.Lock()
-_users = 0
-# The attributes that `_install` has replaced: (class, name, the class's own value, or None where it inherited it).
+# The uses of the hooks into transformers that have not ended: the first installs them, the last removes them.
+_uses: list[_Use] = []
+# The attributes that are replaced meanwhile: (class, name, the class's own value, or None where it inherited it).
 _replaced: list[tuple[type, str, Any]] = []
 
 
@@ -155,26 +157,19 @@ def patch_on_load(**options) -> Iterator[list[PatchReport]]:
             f"patch_on_load: unknown option {', '.join(sorted(unknown))}; the options are {', '.join(_OPTIONS)}"
         )
     session = Session(options)
-    with _installed():
-        token = _session.set(session)
-        try:
-            yield session.reports
-            session.finish()
-        finally:
-            _session.reset(token)
+    use = _Use([variable(_session, session)])
+    with use, use:
+        yield session.reports
+        session.finish()
 
 
 @contextlib.contextmanager
 def patched_process(options: dict[str, Any]) -> Iterator[Session]:
     """`patch_on_load` for every thread of this process, without its checks at the end."""
-    global _process_session
-    session, before = Session(options), _process_session
-    with _installed():
-        _process_session = session
-        try:
-            yield session
-        finally:
-            _process_session = before
+    session = Session(options)
+    use = _Use([entry(globals(), "_process_session", session)])
+    with use, use:
+        yield session
 
 
 def process_session() -> Session | None:
@@ -185,38 +180,50 @@ def process_session() -> Session | None:
 @contextlib.contextmanager
 def _switched_off() -> Iterator[None]:
     """Inside, no session applies: a swap builds models for comparison, which are not to be patched."""
-    token = _is_off.set(True)
-    try:
+    changes = Changes(temporary=True)
+    with changes, changes:
+        changes.make([variable(_is_off, True)])
         yield
-    finally:
-        _is_off.reset(token)
 
 
 def _current() -> Session | None:
     return None if _is_off.get() else _session.get() or _process_session
 
 
-@contextlib.contextmanager
-def _installed() -> Iterator[None]:
-    """Inside, constructors and calls of transformers models notify the current session."""
-    global _users
-    with _lock:
-        _users += 1
-        if _users == 1:
-            _install()
-    try:
-        yield
-    finally:
+class _Use:
+    """Inside, constructors and calls of transformers models notify the current session, which `changes` set.
+
+    Beginning and ending are one call each. Entered twice, the outer `with` ends the use where an interrupt has stopped
+    the inner one.
+    """
+
+    def __init__(self, changes: list[Change]):
+        self._changes = changes
+
+    def __enter__(self) -> None:
         with _lock:
-            _users -= 1
-            if _users == 0:
-                for cls, name, original in reversed(_replaced):
-                    delattr(cls, name) if original is None else setattr(cls, name, original)
-                _replaced.clear()
+            if self not in _uses:
+                hooks = [] if _uses else _hooks()
+                call_all([*hooks, *(change.do for change in self._changes), functools.partial(_uses.append, self)])
+
+    def __exit__(self, *_: object) -> None:
+        with _lock:
+            if self in _uses:
+                removed = [_original(*each) for each in reversed(_replaced)] if _uses == [self] else []
+                forgotten = [functools.partial(_replaced.clear)] if removed else []
+                ended = [change.undo for change in self._changes]
+                call_all([*removed, *forgotten, *ended, functools.partial(_uses.remove, self)])
 
 
-def _install() -> None:
-    """Wrap the `__init__` of every class: only the outermost one returns when the model is complete."""
+def _original(cls: type, name: str, value: Any) -> functools.partial:
+    """The call that gives a class its own value back."""
+    if value is None:
+        return functools.partial(type.__delattr__, cls, name)
+    return functools.partial(type.__setattr__, cls, name, value)
+
+
+def _hooks() -> list[functools.partial]:
+    """The calls that wrap the `__init__` of every class: only the outermost one returns when the model is complete."""
     base = transformers.PreTrainedModel
     call, init_subclass = base.__call__, base.__init_subclass__.__func__  # type: ignore[attr-defined]
 
@@ -227,21 +234,25 @@ def _install() -> None:
 
     def __init_subclass__(cls, **kwargs):
         init_subclass(cls, **kwargs)
-        _wrap_constructor(cls)
+        call_all(_wrapped_constructor(cls))
 
-    _replace(base, "__call__", functools.wraps(call)(__call__))
-    _replace(base, "__init_subclass__", classmethod(functools.wraps(init_subclass)(__init_subclass__)))
+    calls = _replacement(base, "__call__", functools.wraps(call)(__call__))
+    calls += _replacement(base, "__init_subclass__", classmethod(functools.wraps(init_subclass)(__init_subclass__)))
+    seen: set[type] = set()
     pending = [base]
     while pending:
         cls = pending.pop()
-        pending += cls.__subclasses__()
-        _wrap_constructor(cls)
+        if cls not in seen:
+            seen.add(cls)
+            pending += cls.__subclasses__()
+            calls += _wrapped_constructor(cls)
+    return calls
 
 
-def _wrap_constructor(cls: type[nn.Module]) -> None:
+def _wrapped_constructor(cls: type[nn.Module]) -> list[functools.partial]:
     init = vars(cls).get("__init__")
-    if init is None or any(cls is seen and name == "__init__" for seen, name, _ in _replaced):
-        return
+    if init is None:
+        return []
 
     @functools.wraps(init)
     def __init__(self, *args, **kwargs):
@@ -249,9 +260,10 @@ def _wrap_constructor(cls: type[nn.Module]) -> None:
         with contextlib.nullcontext() if session is None else session.construction(self):
             init(self, *args, **kwargs)
 
-    _replace(cls, "__init__", __init__)
+    return _replacement(cls, "__init__", __init__)
 
 
-def _replace(cls: type, name: str, new: Any) -> None:
-    _replaced.append((cls, name, vars(cls).get(name)))
-    setattr(cls, name, new)
+def _replacement(cls: type, name: str, new: Any) -> list[functools.partial]:
+    """The calls that record a class's own value, and replace it."""
+    record = functools.partial(_replaced.append, (cls, name, vars(cls).get(name)))
+    return [record, functools.partial(type.__setattr__, cls, name, new)]

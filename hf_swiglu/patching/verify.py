@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_swiglu import _compat
+from hf_swiglu.patching.changes import Changes
 from hf_swiglu.patching.recognition.gated_mlps import Found
-from hf_swiglu.patching.rewriting.fused_classes import FusedModule, original_class, set_class, wrapper_of
+from hf_swiglu.patching.rewriting.fused_classes import FusedModule, class_changes, original_class, wrapper_of
 from hf_swiglu.patching.survey import survey
 
 # Relative to the output's norm, in units of the dtype's epsilon. GELU in place of SiLU differs by more than 1e-2.
@@ -31,17 +32,15 @@ def compare(module: nn.Module, name: str, original: type[nn.Module], fused: type
         RuntimeError: they differ by more than rounding, or the module accepts none of the inputs tried.
         ValueError: the module has no weights to run with (the meta device).
     """
-    present, results = type(module), []
+    results = []
+    changes = Changes(temporary=True)
     # The same seed before every run gives dropout the same mask; `fork_rng` restores the user's generators.
-    with torch.random.fork_rng():
-        try:
-            set_class(module, original)
-            function, probe, before = _first_that_runs(module, name, found)
-            results.append(before)
-            set_class(module, fused)
-            results.append(_run(function, probe))
-        finally:
-            set_class(module, present)
+    with torch.random.fork_rng(), changes, changes:
+        changes.make(class_changes(module, original))
+        function, probe, before = _first_that_runs(module, name, found)
+        results.append(before)
+        changes.make(class_changes(module, fused))
+        results.append(_run(function, probe))
     # A matrix product of fewer rows may sum in another order.
     has_tiles = fused._swiglu_memory.tile is not None if issubclass(fused, FusedModule) else False
     for what, expected, result in zip(("output", "gradient"), *results):
@@ -114,10 +113,11 @@ def _candidates(module: nn.Module, found: Found) -> Iterator[tuple[Callable[[Ten
 
 def _run(function: Callable[[Tensor], Tensor], probe: Tensor) -> list[Tensor]:
     torch.manual_seed(0)
-    with torch.no_grad():
+    # Each twice: the outer one restores the grad mode where an interrupt stops the inner one.
+    with torch.no_grad(), torch.no_grad():
         results = [_tensor(function(probe.clone()))]
     torch.manual_seed(0)
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.enable_grad():
         leaf = probe.clone().requires_grad_()
         output = _tensor(function(leaf.view_as(leaf)))
         if output.requires_grad:

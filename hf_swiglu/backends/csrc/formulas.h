@@ -90,7 +90,8 @@ INLINE vfloat swiglu_gradient(int dtype, vfloat grad, vfloat alpha, vfloat gate,
 {
     if (dtype == FLOAT32) {
         vfloat rest = v_mul(act.swish, v_mul(alpha, act.complement));
-        return v_mul(grad, v_mul(gate, v_add(v_add(act.sigmoid, act.sigmoid), rest)));
+        /* In this order a gradient of 0 stays 0 where 2 * gate is infinite. */
+        return v_mul(v_mul(grad, gate), v_add(v_add(act.sigmoid, act.sigmoid), rest));
     }
     vfloat through_swish = swish_gradient(dtype, rounded(dtype, v_mul(grad, gate)), alpha, gate, act);
     return v_add(rounded(dtype, v_mul(grad, act.swish)), rounded(dtype, through_swish));

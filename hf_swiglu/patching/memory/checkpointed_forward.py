@@ -61,13 +61,21 @@ class _Region:
 
     def __call__(self, *args: Tensor) -> Tensor:
         self._is_recomputing, self._has_run, self._at, self._calls = self._has_run, True, 0, 0
-        before, self._hooks = getattr(_state, "region", None), _compat.saved_tensors_default_hooks()
-        _state.region = self
+        before = getattr(_state, "region", None)
+        # Twice, here and below: an interrupt may come in the inner `finally`, and a region that stays would fail later
+        # calls.
         try:
-            return self._forward(*args)
+            try:
+                _state.region, self._hooks = self, _compat.saved_tensors_default_hooks()
+                return self._forward(*args)
+            finally:
+                self._end(before)
         finally:
-            # The hooks hold the checkpoint, which holds this object.
-            _state.region, self._hooks = before, None
+            self._end(before)
+
+    def _end(self, before: _Region | None) -> None:
+        # The hooks hold the checkpoint, which holds this object.
+        _state.region, self._hooks = before, None
 
     def project(self, down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:
         if not self._is_recomputing:
@@ -120,11 +128,18 @@ class _Region:
 
     def _with_outer_hooks(self, function: Callable, *args: Any) -> Any:
         """`function(*args)` with the hooks that are active outside this region."""
-        assert self._hooks is not None
-        _compat.pop_saved_tensors_hooks()
         try:
-            return function(*args)
+            try:
+                _compat.pop_saved_tensors_hooks()
+                return function(*args)
+            finally:
+                self._resume_hooks()
         finally:
+            self._resume_hooks()
+
+    def _resume_hooks(self) -> None:
+        if not self._is_innermost():
+            assert self._hooks is not None
             _compat.push_saved_tensors_hooks(*self._hooks)
 
 

@@ -60,8 +60,23 @@ class _NodeProduct:
 
 def call_with_packed(down: nn.Module, product: Tensor, recomputable: Any) -> Tensor:
     """`down(product)`; the graph keeps `recomputable.recomputation()` in place of the product."""
-    with torch.autograd.graph.saved_tensors_hooks(*_hooks(product, recomputable)):
-        return dropout_projections.call(down, product)
+    pack, unpack = _hooks(product, recomputable)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    # Twice, because an interrupt may come in the inner `finally`: hooks that stay would pack tensors of later calls.
+    try:
+        try:
+            hooks.__enter__()
+            return dropout_projections.call(down, product)
+        finally:
+            _end(hooks, pack)
+    finally:
+        _end(hooks, pack)
+
+
+def _end(hooks: torch.autograd.graph.saved_tensors_hooks, pack: Callable) -> None:
+    innermost = _compat.saved_tensors_default_hooks()
+    if innermost is not None and innermost[0] is pack:
+        hooks.__exit__()
 
 
 def call(down: Callable[[Tensor], Tensor], product: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The classes of fused modules, and setting or restoring the class of a module.
+"""The classes of fused modules, and the changes that set or restore the class of a module.
 
     LlamaMLP  ->  LlamaMLP(FusedModule, rewritten LlamaMLP, LlamaMLP)
 
@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from hf_swiglu import _compat
 from hf_swiglu.patching.activations import fusable
+from hf_swiglu.patching.changes import Change, attribute, entry
 from hf_swiglu.patching.memory import checkpointed_forward, recompute, tiled_forward, under_compile
 from hf_swiglu.patching.memory.settings import Memory
 from hf_swiglu.patching.recognition.gated_mlps import Choice
@@ -180,11 +181,10 @@ def _is_parametrized(cls: type) -> bool:
     return cls.__name__.startswith("Parametrized") and cls.__module__ == parametrize.__name__
 
 
-def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Change the module's class, and the bound forward that accelerate's hooks keep on the instance."""
-    for name in bound_forwards(module):
-        vars(module)[name] = types.MethodType(cls.forward, module)
-    module.__class__ = cls
+def class_changes(module: nn.Module, cls: type[nn.Module]) -> list[Change]:
+    """The changes of the module's class, and of the bound forward that accelerate's hooks keep on the instance."""
+    forwards = [entry(vars(module), name, types.MethodType(cls.forward, module)) for name in bound_forwards(module)]
+    return [*forwards, attribute(module, "__class__", cls)]
 
 
 def bound_forwards(module: nn.Module) -> list[str]:
