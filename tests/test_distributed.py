@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from support.kernel import launched
 from support.models import tiny_llama, tokens
 from support.outcome import outcome
 from support.processes import free_port
@@ -98,7 +99,9 @@ def launch(config: str, arguments, out: Path, *options) -> str:
     command += ["--num_processes", "2", "--main_process_port", str(free_port()), *script]
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "FusedModule" in result.stdout and result.stdout.count("the kernel ran") == 2, result.stdout
+    assert "FusedModule" in result.stdout and result.stdout.count("the kernel ran") == len(
+        launched("swiglu_fwd") * 2
+    ), result.stdout
     return result.stdout
 
 
@@ -183,7 +186,7 @@ def tensor_parallel_rank(rank: int, port: int, folder: str) -> None:
         with counted_launches() as launches:
             result = outcome(model.train(), input_ids=tokens(), labels=tokens())
         # The down projection saves a DTensor, whose product is computed again on the way back: two buffers here too.
-        assert launches.names == ["swiglu_fwd"] * 2 + ["swiglu_fwd", "swiglu_bwd"] * 2
+        assert launches.names == launched("swiglu_fwd") * 2 + launched("swiglu_fwd", "swiglu_bwd") * 2
         torch.testing.assert_close(result, expected)
     dist.destroy_process_group()
 
