@@ -6,8 +6,8 @@ READY := $(VENV)/.ready
 # The environment of the oldest versions that pyproject.toml allows: torch's is a CUDA build, 5 GB with its libraries.
 OLDEST := .venv-oldest
 OLDEST_PYTHON ?= python3.10
-# Of the development tools those that tests import; today's TRL needs a newer accelerate.
-OLDEST_TOOLS := gguf hypothesis matplotlib peft psutil pytest triton pyyaml
+# Of the development tools those that tests import.
+OLDEST_TOOLS := gguf hypothesis matplotlib peft psutil pytest pyyaml trl
 OLDEST_READY := $(OLDEST)/.ready
 # The environment of the newest torch and transformers: a CUDA build of 5 GB, which runs on a CPU as well.
 NEWEST := .venv-newest

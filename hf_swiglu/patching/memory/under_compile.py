@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hf_swiglu.patching.memory.settings import Memory
@@ -27,9 +27,6 @@ def save_matrix_products(context, operator, *args, **kwargs) -> CheckpointPolicy
     """The policy of keep=2."""
     return CheckpointPolicy.MUST_SAVE if operator in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
-
-# An exported program has no backward of its own. torch 2.6 has no such function.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 _keeps_two = functools.partial(create_selective_checkpoint_contexts, save_matrix_products)
 
