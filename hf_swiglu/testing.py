@@ -108,7 +108,7 @@ def counted_launches(device: str = "cpu") -> Iterator[Launches]:
         >>> from hf_swiglu import swiglu
         >>> from hf_swiglu.testing import counted_launches
         >>> with counted_launches() as launches:
-        ...     _ = swiglu(torch.ones(4, 1024))
+        ...     _ = swiglu(torch.ones(16, 1024))
         >>> launches.names
         ['swiglu_fwd']
     """

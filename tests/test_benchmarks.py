@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from support.kernel import needs_kernel
 from support.models import tiny_llama
 
 from benchmarks import charts, cli, contenders, kernels, long_sequences, mlps, result_rows, suite, whole_models
@@ -12,7 +13,8 @@ from hf_swiglu import patch_model
 from hf_swiglu.commands.models import copy_sharing_parameters
 from hf_swiglu.commands.timing import Ratio, Times, take_turns
 
-pytestmark = pytest.mark.slow
+# They time the kernel.
+pytestmark = [pytest.mark.slow, needs_kernel]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.kernel import launched, needs_kernel
 from support.outcome import outcome
 from torch import nn
 from transformers import GptOssConfig
@@ -16,7 +17,7 @@ from hf_swiglu.testing import counted_launches
 LIMIT = 0.7
 
 
-@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=f"{backends.unavailable('cpu')}")
+@needs_kernel
 @pytest.mark.parametrize("dtype", backends.KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "params",
@@ -53,4 +54,4 @@ def test_gradients_of_gpt_oss_on_its_limits():
     patch_model(nn.Sequential(experts))
     with counted_launches() as launches:
         torch.testing.assert_close(outcome(experts._apply_gate, gate_up), expected)
-    assert launches.names == ["swiglu_fwd", "swiglu_bwd"]
+    assert launches.names == launched("swiglu_fwd", "swiglu_bwd")

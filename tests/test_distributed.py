@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from support.kernel import launched
 from support.models import tiny_llama, tokens
 from support.outcome import outcome
 from support.processes import free_port
@@ -104,13 +105,14 @@ def one_process(arguments, tmp_path_factory):
 
 
 def launch(config: str, arguments, out: Path, *options) -> str:
-    result = launched(DRIVER, config, arguments, out, *options)
+    result = run_program(DRIVER, config, arguments, out, *options)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "FusedModule" in result.stdout and result.stdout.count("the kernel ran") == 2, result.stdout
+    assert "FusedModule" in result.stdout, result.stdout
+    assert result.stdout.count("the kernel ran") == len(launched("swiglu_fwd") * 2), result.stdout
     return result.stdout
 
 
-def launched(program: str, config: str, arguments, out: Path, *options) -> subprocess.CompletedProcess:
+def run_program(program: str, config: str, arguments, out: Path, *options) -> subprocess.CompletedProcess:
     driver = out.parent / "driver.py"
     driver.write_text(program)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -148,7 +150,7 @@ def test_ddp(arguments, one_process, tmp_path):
 
 def test_a_process_that_dies_ends_the_run_which_then_continues(arguments, one_process, tmp_path):
     out = tmp_path / "out"
-    result = launched(DEATH + DRIVER, "ddp.yaml", arguments, out)
+    result = run_program(DEATH + DRIVER, "ddp.yaml", arguments, out)
     assert result.returncode != 0 and "SIGKILL" in result.stderr, result.stderr
     assert [row["step"] for row in rows(out)][-1] == 3
     assert "continuing from" in launch("ddp.yaml", arguments, out, "--resume")
@@ -212,7 +214,7 @@ def tensor_parallel_rank(rank: int, port: int, folder: str) -> None:
         with counted_launches() as launches:
             result = outcome(model.train(), input_ids=tokens(), labels=tokens())
         # The down projection saves a DTensor, whose product is computed again on the way back: two buffers here too.
-        assert launches.names == ["swiglu_fwd"] * 2 + ["swiglu_fwd", "swiglu_bwd"] * 2
+        assert launches.names == launched("swiglu_fwd") * 2 + launched("swiglu_fwd", "swiglu_bwd") * 2
         torch.testing.assert_close(result, expected)
     dist.destroy_process_group()
 

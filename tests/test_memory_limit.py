@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from support.kernel import needs_kernel
 
 pytest.importorskip("resource", reason="this system limits no process's memory")
 
@@ -36,7 +37,7 @@ print("finished", all(bool(parameter.grad.isfinite().all()) for parameter in mod
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, and needs limits that are kept")
-@pytest.mark.parametrize("setting", ["unpatched", "tiled"])
+@pytest.mark.parametrize("setting", ["unpatched", pytest.param("tiled", marks=needs_kernel)])
 def test_a_step_with_512_mib(setting):
     # Freed tensors go back to the system at once. glibc's heap would keep what lies between tensors that are kept.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}

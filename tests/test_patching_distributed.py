@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from support.kernel import launched
 from support.models import GatedMLP, tiny_llama, tokens
 from support.outcome import outcome
 from support.processes import free_port, join
@@ -85,7 +86,7 @@ def test_fsdp2(group, units, patch_first):
         assert len(patch_model(model).fused) == 2
     with counted_launches() as launches:
         gradients = _gradients(model, tokens())
-    assert launches.names.count("swiglu_bwd") == 2
+    assert launches.names.count("swiglu_bwd") == len(launched("swiglu_bwd") * 2)
     torch.testing.assert_close(gradients, expected)
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.kernel import launched, needs_kernel
 from support.models import HIDDEN, WIDE, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
 from torch import nn
 from transformers.activations import ACT2FN
@@ -37,6 +38,7 @@ def _reuses_gate(mlp, grad=False):
     return launch.tensors[-1].data_ptr() == launch.tensors[0].data_ptr()
 
 
+@needs_kernel
 def test_gates_memory_is_reused_without_gradients_and_kept_with_them(mlp):
     assert _reuses_gate(mlp)
     assert not _reuses_gate(mlp, grad=True)
@@ -72,6 +74,7 @@ class GateUsedAgain(GatedMLP):
         return self.w2(self.act(gate) * self.w3(x)) + gate[..., :1]
 
 
+@needs_kernel
 def test_gates_memory_is_not_reused_when_a_hook_or_wrapper_may_hold_it(mlp):
     kept = []
     handle = mlp.w1.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
@@ -122,6 +125,7 @@ class PackedMLP(nn.Module):
         return self.fc2(nn.functional.silu(gate) * up)
 
 
+@needs_kernel
 def test_a_packed_gates_memory_is_reused_where_the_projection_reads_it_in_place():
     torch.manual_seed(0)
     mlp, x = PackedMLP().eval(), hidden_states()
@@ -178,10 +182,10 @@ def test_hooks_that_only_gather_parameters_leave_the_activation_fused(mlp):
         module.register_forward_pre_hook(gather)
     with counted_launches() as launches:
         mlp(hidden_states())
-        assert launches.names == ["swiglu_fwd"] and {mlp.w1, mlp.w2, mlp.w3} <= set(gathered)
+        assert launches.names == launched("swiglu_fwd") and {mlp.w1, mlp.w2, mlp.w3} <= set(gathered)
         mlp.act.register_forward_hook(lambda module, args, out: None)
         mlp(hidden_states())
-    assert launches.names == ["swiglu_fwd"] and mlp.act in gathered
+    assert launches.names == launched("swiglu_fwd") and mlp.act in gathered
 
 
 def test_a_global_hook_sees_the_same_modules(mlp):
@@ -245,7 +249,7 @@ def test_a_deep_copy_is_fused_and_independent():
     expected = model(tokens()).logits
     with counted_launches() as launches:
         torch.testing.assert_close(twin(tokens()).logits, expected, rtol=0, atol=0)
-    assert launches.names == ["swiglu_fwd"] * 2
+    assert launches.names == launched("swiglu_fwd") * 2
     unpatch_model(twin)
     torch.nn.init.zeros_(twin.model.layers[0].mlp.down_proj.weight)
     assert isinstance(model.model.layers[0].mlp, FusedModule)

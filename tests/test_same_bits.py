@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from support.kernel import NO_TABLE
 from support.models import VOCABULARY, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
 from test_experts import build as experts
 from torch import nn
@@ -136,7 +137,7 @@ def test_a_patched_model_returns_the_same_bits(build, dtype):
     patch_model(model, verify=True)
     with torch.no_grad(), counted_launches() as launches:
         assert torch.equal(model(tokens()).logits, expected) and torch.equal(model(tokens()[:, :3]).logits, one)
-    assert launches.names == ["swiglu_fwd"] * 4
+    assert launches.names == ["swiglu_fwd"] * (2 if NO_TABLE else 4)
     assert torch.equal(model(tokens()).logits, trained) and torch.equal(trained, expected)
 
 

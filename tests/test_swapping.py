@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from support.kernel import needs_kernel
 from support.models import tiny_gemma, tiny_llama, tiny_llava, tokens
 from support.outcome import outcome
 from torch import nn
@@ -66,6 +67,7 @@ def test_swap_save_reload_and_undo(tmp_path):
     torch.testing.assert_close(_logits(model), silu, rtol=0, atol=0)
 
 
+@needs_kernel
 def test_the_swapped_product_runs_on_the_kernel():
     model = tiny_llama()
     patch_model(model, activation="swiglu")

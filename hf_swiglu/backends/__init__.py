@@ -34,7 +34,7 @@ def available_backends() -> tuple[Backend, ...]:
         ['cpu', 'triton', 'pytorch']
     """
     cpu_reason = unavailable("cpu")
-    cpu_detail = cpu_reason or f"C kernel, {cpu_kernels().cpu_capability()}, {torch.get_num_threads()} threads"
+    cpu_detail = cpu_reason or cpu_kernels().describe()
     triton_devices = tuple(device for device in ("cuda", "xpu") if unavailable(device) is None)
     triton_detail = f"Triton {_triton_version()}" if triton_devices else str(unavailable("cuda"))
     return (

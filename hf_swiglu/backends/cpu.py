@@ -27,6 +27,12 @@ cpu_capability: Callable[[], str] = _cpu_kernels.cpu_capability
 _READS_TENSORS: bool = _cpu_kernels.use_dlpack_exchange_api(Tensor, _compat.exchange_api)
 
 
+def describe() -> str:
+    """The instruction set and the threads of a launch."""
+    threads = f"{get_num_threads()} threads" if _cpu_kernels.has_openmp else "1 thread: the compiler had no OpenMP"
+    return f"C kernel, {cpu_capability()}, {threads}"
+
+
 def tensor_kernel(name: str) -> Callable[..., bool] | None:
     """The C function `name`; None where the C kernels do not read tensors."""
     return getattr(_cpu_kernels, name) if _READS_TENSORS else None

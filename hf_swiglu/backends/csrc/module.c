@@ -222,6 +222,14 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__cpu_kernels(void)
 {
+#ifdef _OPENMP
+    const long has_openmp = 1;
+#else
+    const long has_openmp = 0;
+#endif
     choose_best_capability();
-    return PyModule_Create(&definition);
+    PyObject *module = PyModule_Create(&definition);
+    if (module != NULL && PyModule_AddIntConstant(module, "has_openmp", has_openmp) < 0)
+        Py_CLEAR(module);
+    return module;
 }

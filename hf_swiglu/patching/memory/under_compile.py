@@ -14,6 +14,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from hf_swiglu._compat import is_exporting
 from hf_swiglu.patching.memory.settings import Memory
 
 _aten = torch.ops.aten
@@ -27,9 +28,6 @@ def save_matrix_products(context, operator, *args, **kwargs) -> CheckpointPolicy
     """The policy of keep=2."""
     return CheckpointPolicy.MUST_SAVE if operator in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
-
-# An exported program has no backward of its own. torch 2.6 has no such function.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 _keeps_two = functools.partial(create_selective_checkpoint_contexts, save_matrix_products)
 
