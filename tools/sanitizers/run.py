@@ -58,7 +58,7 @@ FAULTS = [
     Fault(
         "strided columns are gathered into a buffer that is too small", MEMORY, "launch.c",
         "count > GATHERED)\n            count = GATHERED", "count > GATHERED)\n            count = 2 * GATHERED",
-        "stack-buffer-overflow",
+        "buffer-overflow",
     ),
     Fault(
         "a shift by more bits than there are", MEMORY, "launch.c",
