@@ -122,6 +122,10 @@ def test_a_forward_replaced_on_the_instance_is_left_alone():
     assert [entry.verdict for entry in report] == ["skipped", "fused"]
     assert "replaced on the instance" in report[0].reason
     torch.testing.assert_close(model[0](hidden_states()), hidden_states() * 2)
+    # As Liger's patch of a model that was fused before: it is no longer fused, and a second report says so.
+    model[1].forward = lambda x: x * 3
+    report = patch_model(model, strict=False)
+    assert [entry.verdict for entry in report] == ["skipped", "skipped"]
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -172,14 +172,14 @@ def _planned(name: str, module: nn.Module, found: Found, requested: Memory) -> _
     verdict = FUSED if found.choices else MEMORY_ONLY
     if verdict == MEMORY_ONLY and memory.keep >= DEFAULT_KEEP:
         return skipped(f"{found.reason}; {note}")
+    if {"forward", _compat.ACCELERATE_FORWARD} & vars(module).keys() and not fused_classes.bound_forwards(module):
+        return skipped("its forward was replaced on the instance, by something other than accelerate's hooks")
     if isinstance(module, FusedModule):
         if fused_classes.is_fused_with(type(module), choices, memory):
             return planned(ALREADY_FUSED if found.choices else MEMORY_ONLY, None)
         wrapper = fused_classes.wrapper_of(type(module))
         if wrapper is not None:
             return skipped(f"it was fused with other options, and then wrapped by {wrapper}")
-    if {"forward", _compat.ACCELERATE_FORWARD} & vars(module).keys() and not fused_classes.bound_forwards(module):
-        return skipped("its forward was replaced on the instance, by something other than accelerate's hooks")
     try:
         return planned(verdict, fused_classes.fused_over(original, choices, memory))
     except NoSource as reason:
