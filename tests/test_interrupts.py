@@ -30,8 +30,9 @@ PACKAGE = Path(hf_swiglu.__file__).parent
 # The files that change a model.
 CHANGING = [
     str(PACKAGE / "patching" / file)
-    for file in ("patch_model.py", "swap.py", "changes.py", "verify.py", "rewriting/fused_classes.py")
+    for file in ("patch_model.py", "activation_swap.py", "changes.py", "verify.py", "rewriting/fused_classes.py")
 ]
+assert all(map(os.path.exists, CHANGING))
 
 
 class Interrupts:
@@ -210,6 +211,41 @@ def test_an_interrupt_in_patch_on_load_leaves_no_hook(distance):
     assert kind(built[0]) == after
 
 
+@pytest.mark.parametrize("moment", ("entering", "leaving"))
+def test_an_abandoned_patch_on_load_that_is_collected_meanwhile_ends(moment, monkeypatch):
+    real, contexts = on_load.call_all, []
+
+    def call_all(calls):
+        calls = list(calls)
+        if not contexts:
+            gc.collect()
+        real(calls)
+
+    def begin():
+        context = patch_on_load(strict=False)
+        context.__enter__()
+        contexts.append(context)
+
+    begin()
+    if moment == "leaving":
+        begin()
+    # In a cycle, so that only the collector frees it.
+    abandoned = [contexts.pop(0)]
+    abandoned.append(abandoned)
+    gc.disable()
+    monkeypatch.setattr(on_load, "call_all", call_all)
+    try:
+        last = contexts.pop() if contexts else patch_on_load(strict=False)
+        del abandoned
+        if moment == "entering":
+            last.__enter__()
+            assert len(on_load._uses) == 1 and on_load._replaced
+        last.__exit__(None, None, None)
+    finally:
+        gc.enable()
+    assert (on_load._uses, on_load._replaced, on_load._session.get()) == ([], [], None)
+
+
 TRAINED = ({}, {"keep": 1}, {"keep": 0}, {"tile": 16})
 
 
@@ -261,7 +297,7 @@ signal.signal(signal.SIGALRM, handler)
 for _ in range(60):
     try:
         try:
-            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 0.03), 1e-4)
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 0.015), 1e-4)
             left = random.choice((1, 2))
             patch()
             unpatch_model(model)
@@ -283,4 +319,4 @@ def test_signals_at_random_moments_leave_all_or_nothing():
     command = [sys.executable, "-c", SIGNALS, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 20
+    assert int(done.stdout) > 5

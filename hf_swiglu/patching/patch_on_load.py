@@ -115,7 +115,8 @@ _session: ContextVar[Session | None] = ContextVar("hf_swiglu_session", default=N
 _process_session: Session | None = None
 _is_off: ContextVar[bool] = ContextVar("hf_swiglu_session_is_off", default=False)
 
-_lock = threading.Lock()
+# Reentrant: while a thread holds it, the garbage collector may end a use that was abandoned in the same thread.
+_lock = threading.RLock()
 # The uses of the hooks into transformers that have not ended: the first installs them, the last removes them.
 _uses: list[_Use] = []
 # The attributes that are replaced meanwhile: (class, name, the class's own value, or None where it inherited it).
@@ -205,14 +206,29 @@ class _Use:
             if self not in _uses:
                 hooks = [] if _uses else _hooks()
                 call_all([*hooks, *(change.do for change in self._changes), functools.partial(_uses.append, self)])
+                _settle()
 
     def __exit__(self, *_: object) -> None:
         with _lock:
             if self in _uses:
-                removed = [_original(*each) for each in reversed(_replaced)] if _uses == [self] else []
-                forgotten = [functools.partial(_replaced.clear)] if removed else []
+                removed = _removal() if _uses == [self] else []
                 ended = [change.undo for change in self._changes]
-                call_all([*removed, *forgotten, *ended, functools.partial(_uses.remove, self)])
+                call_all([*ended, *removed, functools.partial(_uses.remove, self)])
+                _settle()
+
+
+def _settle() -> None:
+    """Install or remove the hooks where the garbage collector has ended another use after they were looked at."""
+    if _uses and not _replaced:
+        call_all(_hooks())
+    elif _replaced and not _uses:
+        call_all(_removal())
+
+
+def _removal() -> list[functools.partial]:
+    """The calls that remove the hooks. No session is left, also where uses have ended in another order."""
+    originals = [_original(*each) for each in reversed(_replaced)]
+    return [*originals, functools.partial(_replaced.clear), functools.partial(_session.set, None)]
 
 
 def _original(cls: type, name: str, value: Any) -> functools.partial:
