@@ -1,4 +1,7 @@
-"""The command line `hf-swiglu`. Every command is a public function of another module; this one parses and prints."""
+"""The command line `hf-swiglu`: the options of each command, and its result as printed text.
+
+Every command is a public function of another module.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fusing transformers models as they are built, by their classes' constructors, and again at their first call."""
+"""Fusing transformers models as they are built, by classes' constructors; what that missed, at their first call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""keep=0 and keep=1: backward computes the part of the forward before the down projection again.
+"""keep=0 and keep=1: backward computes the part of the forward before the down projection again, once for all uses.
 
 A module's forward runs under PyTorch's non-reentrant checkpointing, which restores random numbers and autocast and
 nests inside other checkpointing. Checkpointing alone would call the down projection again, whose output backward never

@@ -1,4 +1,4 @@
-"""Two buffers for backward, not three: the down projection's saved input is computed again from gate and up.
+"""keep=2: the down projection's saved input is computed again from gate and up, unless hooks may see the difference.
 
 The product's node saves gate and up. The projection after it would save the product as well; while it runs, a
 saved-tensor hook packs that tensor as a recomputation by the product's node. The projection's other saved tensors are

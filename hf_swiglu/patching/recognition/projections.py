@@ -1,4 +1,4 @@
-"""Whether gate and up are outputs of a module's projections, and the layout in which they are."""
+"""Whether the expressions of gate and up are outputs of projections, followed back in the source, and their layout."""
 
 from __future__ import annotations
 
