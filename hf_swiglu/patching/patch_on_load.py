@@ -203,10 +203,12 @@ class _Use:
 
     def __enter__(self) -> None:
         with _lock:
-            if self not in _uses:
+            if self in _uses:
+                # The second time, when an interrupt ends the use.
+                _settle()
+            else:
                 hooks = [] if _uses else _hooks()
                 call_all([*hooks, *(change.do for change in self._changes), functools.partial(_uses.append, self)])
-                _settle()
 
     def __exit__(self, *_: object) -> None:
         with _lock:
@@ -214,7 +216,7 @@ class _Use:
                 removed = _removal() if _uses == [self] else []
                 ended = [change.undo for change in self._changes]
                 call_all([*ended, *removed, functools.partial(_uses.remove, self)])
-                _settle()
+            _settle()
 
 
 def _settle() -> None:
