@@ -56,7 +56,7 @@ call = (lambda: hf_swiglu.swiglu(x, x)) if sys.argv[1] == "ours" else (lambda: t
 call()
 child = os.fork()
 if child == 0:
-    signal.alarm(20)
+    signal.alarm(8)
     call()
     os._exit(0)
 print(os.waitpid(child, 0)[1])
