@@ -22,19 +22,23 @@ RESULTS := benchmarks/results
 SWAPS := --model build/smollm2 --rows $(RESULTS)/swaps.jsonl --out docs/images/swap_and_recover.png --page docs/training.md
 PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 
-.PHONY: demo test test-fast test-newest test-world test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 activations test-sanitizers test-soak test-oldest test-nightly test-no-compiler clean
+.PHONY: demo test test-fast test-long test-newest test-world test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 activations test-sanitizers test-soak test-oldest test-nightly test-no-compiler clean
 
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
 
 # Threads that wait for work sleep, so that several processes on few cores do not take each other's time.
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not long"
+
+# What would make `make test` longer than 15 minutes: installs, four processes, whole models under torch.compile.
+test-long: $(READY)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m long
 
 # Without what takes long, several processes or a GPU. For its small tensors a second thread costs more than it brings:
 # 27 s of processor time with one, 133 with two (2 cores, busy).
 test-fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not distributed and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not long and not distributed and not gpu"
 
 # 2,000 examples of each form of the operators, where `make test` tries 200.
 test-fuzz: $(READY)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_swiglu import patch_model
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.distributed,
     pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo"),
 ]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("cc")
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     # As [build-system] requires of it.
     pytest.mark.skipif(int(setuptools.__version__.split(".")[0]) < 77, reason="setuptools is older than 77"),
 ]

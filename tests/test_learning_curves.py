@@ -20,7 +20,7 @@ def cells(printed: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_scratch(tmp_path, capsys):
     text, picture, rows = write_text(tmp_path / "text.txt"), tmp_path / "curves.png", tmp_path / "rows.jsonl"
     page = tmp_path / "page.md"
@@ -41,7 +41,7 @@ def test_from_scratch(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_swap_and_recover(tmp_path, capsys):
     script = example("swap_and_recover")
     model, text = write_tiny_model(tmp_path / "model"), write_text(tmp_path / "text.txt")

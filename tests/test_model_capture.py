@@ -47,7 +47,7 @@ def error_of(capture, model):
     return caught.type
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name, setting", [("llama", {}), ("phi3", {"keep": 0}), ("experts", {})], ids=str)
 def test_export(name, setting):
     build = MODELS[name]
@@ -57,7 +57,7 @@ def test_export(name, setting):
     torch.testing.assert_close(programs[1].module()(ids()), build()(ids()).logits)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_export_with_any_number_of_tokens():
     length = torch.export.Dim("length", min=2, max=512)
     for model in pair(one_layer(), {"keep": 0}):
@@ -87,7 +87,7 @@ def explained(model, **inputs):
     return torch._dynamo.explain(model)(**inputs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name, setting", [("llama", {"tile": 16}), ("phi3", {}), ("experts", {})], ids=str)
 def test_torch_compile_breaks_the_graph_where_it_did(name, setting):
     inputs = {"input_ids": ids(), "labels": ids()}
@@ -96,7 +96,7 @@ def test_torch_compile_breaks_the_graph_where_it_did(name, setting):
     assert [str(reason.reason) for reason in model.break_reasons] == [str(each.reason) for each in plain.break_reasons]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_training_steps_are_the_originals():
     """Ahead-of-time graphs of forward and backward, for any length; `test_compiled_memory.py` has all settings."""
     plain, model = pair(one_layer(), {"keep": 0})
@@ -109,7 +109,7 @@ def test_compiled_training_steps_are_the_originals():
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("setting", [{}, {"keep": 0}], ids=str)
 def test_compiled_autograd(setting):
     """Backward alone is compiled, with the hooks and the nodes of the fused product in it."""

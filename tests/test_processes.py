@@ -63,6 +63,7 @@ print(os.waitpid(child, 0)[1])
 """
 
 
+@pytest.mark.long
 def test_a_forked_child_fares_as_with_pytorch():
     ends = {which: in_child(FORK, which) for which in ("ours", "plain")}
     # libgomp's threads are not there after a fork, and its pool waits for them: PyTorch's own operators hang as well.
@@ -84,6 +85,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threads", (1, 2, 5))
 def test_the_kernel_runs_on_as_many_threads_as_pytorch_is_told(threads):
     assert in_child(COUNT, str(threads)) == str(threads - 1)
