@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 
 from tools import soak
@@ -21,4 +23,11 @@ def test_what_stays_behind_is_noticed():
     kept = []
     assert soak.why_too_much(soak.grown(200, lambda at: kept.append([at]))).endswith("objects stayed; 100 are allowed")
     assert soak.why_too_much(soak.grown(200, lambda at: kept.append(type("New", (), {})))).endswith("classes stayed")
-    assert "memory grew" in soak.why_too_much(soak.grown(50, lambda at: kept.append(bytes(2**20))))
+    assert "memory grew" in soak.why_too_much(soak.grown(50, lambda at: kept.append(new_pages(2**20))))
+
+
+def new_pages(size):
+    """Memory that the process did not have before; an allocator may hand out what it has."""
+    memory = mmap.mmap(-1, size)
+    memory.write(b"x" * size)
+    return memory
