@@ -86,7 +86,7 @@ def test_rewritten_code_has_the_globals_of_the_original(build):
         assert rewritten.__code__.co_filename == original.__code__.co_filename
 
 
-def test_the_compiled_kernel_is_the_packages_own_and_nobody_else_may_replace_it():
+def test_the_compiled_kernel_is_in_the_package_and_not_writable_by_other_users():
     if backends.unavailable("cpu"):
         pytest.skip(f"no CPU kernel: {backends.unavailable('cpu')}")
     from hf_swiglu.backends import _cpu_kernels

@@ -112,9 +112,10 @@ def is_reported(folder: Path, fault: Fault) -> bool:
     kernels.write_text(kernels.read_text().replace("#if defined(__x86_64__)", "#if 0"))
     file = sources / fault.file
     text = file.read_text()
-    assert text.count(fault.right) == 1, (
-        f"{fault.file} has changed: {fault.right!r} is there {text.count(fault.right)} times"
-    )
+    if text.count(fault.right) != 1:
+        raise RuntimeError(
+            f"{fault.file} has changed: {fault.right!r} is there {text.count(fault.right)} times, not once"
+        )
     file.write_text(text.replace(fault.right, fault.wrong))
     done = run(compiled(folder, sources, fault.sanitizer))
     shutil.rmtree(sources)
