@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+
+from hf_swiglu.new_thread import in_new_thread
 
 
 class GLUParams(NamedTuple):
@@ -105,17 +106,12 @@ def swiglu_fwd_inplace(gate: Tensor, up: Tensor, params: GLUParams = SILU) -> Te
 @functools.cache
 def clamp_passes_at_limit() -> bool:
     """Whether the gradient of this PyTorch's clamp passes at the limit itself: up to 2.13 it does, in 2.14 it is 0."""
-    passed = []
 
-    def differentiate() -> None:
+    def gradient() -> list[float]:
         x = torch.ones(1, requires_grad=True)
-        passed.extend(torch.autograd.grad(x.clamp(max=1.0), x, torch.ones(1))[0].tolist())
+        return torch.autograd.grad(x.clamp(max=1.0), x, torch.ones(1))[0].tolist()
 
-    # A new thread does not inherit the caller's modes, transforms or autocast.
-    thread = threading.Thread(target=differentiate)
-    thread.start()
-    thread.join()
-    return passed == [1.0]
+    return in_new_thread(gradient) == [1.0]
 
 
 def written_swish(alpha: float) -> Callable[[Tensor], Tensor]:

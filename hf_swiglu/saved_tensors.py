@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 
 import torch
 from torch import Tensor
 
 from hf_swiglu import _compat
+from hf_swiglu.new_thread import in_new_thread
 
 # For fewer elements the test takes longer than an allocation.
 SMALLEST_WRITTEN_OVER = 4096
@@ -74,8 +74,6 @@ def _sole_owner_counts() -> tuple[int, int, int]:
     def measure() -> None:
         Probe.apply(torch.zeros(1, requires_grad=True) * 1).sum().backward()
 
-    # A new thread does not inherit the caller's hooks, modes, autocast or running backward.
-    thread = threading.Thread(target=measure)
-    thread.start()
-    thread.join()
+    # Also without the caller's running backward.
+    in_new_thread(measure)
     return measured[0]

@@ -6,13 +6,13 @@ import contextlib
 import contextvars
 import copy
 import logging
-import threading
 
 import torch
 import transformers
 from torch import nn
 from transformers.activations import ACT2CLS, ACT2FN
 
+from hf_swiglu.new_thread import in_new_thread
 from hf_swiglu.patching.activations import ACTIVATION_CLASSES, ACTIVATION_PARAMS
 from hf_swiglu.patching.changes import Change, Changes, entry, removal
 from hf_swiglu.patching.recognition.gated_mlps import Found
@@ -155,18 +155,15 @@ def _names(config: object | None, activation: str) -> bool:
 
 
 def _rebuilt(owner: transformers.PreTrainedModel) -> nn.Module | None:
-    built: list[nn.Module] = []
-
-    def build() -> None:
+    def build() -> nn.Module | None:
         # Constructors outside transformers may raise any exception.
         with contextlib.suppress(Exception), torch.device("meta"):
-            built.append(type(owner)(copy.deepcopy(owner.config)))
+            return type(owner)(copy.deepcopy(owner.config))
+        return None
 
+    context = contextvars.copy_context()
     # Signals are handled in the main thread: an interrupt of this one would leave it with "meta" as its default device.
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(build,))
-    thread.start()
-    thread.join()
-    return built[0] if built else None
+    return in_new_thread(lambda: context.run(build))
 
 
 def _computes_alike(present: type, rebuilt: type) -> bool:
