@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 OLDEST_PYTHON ?= python3.10
 # Of the development tools those that tests import.
-OLDEST_TOOLS := gguf hypothesis matplotlib peft psutil pytest pyyaml trl
+OLDEST_TOOLS := gguf hypothesis matplotlib peft psutil pytest pytest-xdist pyyaml trl
 OLDEST_READY := $(OLDEST)/.ready
 # The environment of the newest torch and transformers: a CUDA build of 5 GB, which runs on a CPU as well.
 NEWEST := .venv-newest
@@ -20,6 +20,10 @@ NIGHTLY := .venv-nightly
 SOURCES := pyproject.toml setup.py $(wildcard hf_swiglu/backends/csrc/*)
 RESULTS := benchmarks/results
 SWAPS := --model build/smollm2 --rows $(RESULTS)/swaps.jsonl --out docs/images/swap_and_recover.png --page docs/training.md
+# Two processes of one thread each; what needs more threads sets them. In one process of two threads the suite takes
+# twice as long: for small tensors a second thread costs more than it brings.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 
 .PHONY: demo test test-fast test-long test-newest test-world test-every-pair test-every-float test-deepspeed test-fuzz check coverage coverage-oldest bench smollm2 activations test-sanitizers test-soak test-oldest test-nightly test-no-compiler clean
@@ -27,16 +31,15 @@ PYTHON_FILES := setup.py hf_swiglu tests examples tools benchmarks
 demo: $(READY)
 	$(BIN)/hf-swiglu demo
 
-# Threads that wait for work sleep, so that several processes on few cores do not take each other's time.
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 # What would make `make test` longer than 15 minutes: installs, four processes, whole models under torch.compile.
+# Some of it needs 12 GiB of memory for itself: one process.
 test-long: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m long
 
-# Without what takes long, several processes or a GPU. For its small tensors a second thread costs more than it brings:
-# 27 s of processor time with one, 133 with two (2 cores, busy).
+# Without what takes long, several processes or a GPU.
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not long and not distributed and not gpu"
 
@@ -45,14 +48,14 @@ test-fuzz: $(READY)
 	HF_SWIGLU_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/test_operator_fuzz.py
 
 test-newest: $(NEWEST_READY)
-	$(NEWEST)/bin/python -m pytest
+	$(subst $(BIN),$(NEWEST)/bin,$(PYTEST))
 
 # Beside libraries that quantise, export, prune or trace models.
 test-world: $(WORLD_READY)
 	OMP_WAIT_POLICY=passive $(WORLD)/bin/python -m pytest tests/world
 
 test-oldest: $(OLDEST_READY)
-	OMP_WAIT_POLICY=passive $(OLDEST)/bin/python -m pytest
+	$(subst $(BIN),$(OLDEST)/bin,$(PYTEST))
 
 # As nightly.yml does: reports what the next releases break, and succeeds all the same. Every run upgrades.
 test-nightly:
@@ -67,7 +70,7 @@ test-nightly:
 test-no-compiler: $(READY)
 	rm -rf build/no-compiler && mkdir -p build/no-compiler
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --target-directory build/no-compiler
-	cd build/no-compiler && PYTHONPATH=. OMP_WAIT_POLICY=passive ../../$(BIN)/python -m pytest
+	cd build/no-compiler && PYTHONPATH=. $(subst $(BIN),../../$(BIN),$(PYTEST))
 
 # All 2^32 pairs of 16-bit numbers, in every CPU capability: 40 minutes of processor time.
 test-every-pair: $(READY)

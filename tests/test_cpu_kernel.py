@@ -269,7 +269,7 @@ def available_gib():
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_more_elements_than_32_bits_count(capability):
     if capability != _cpu_kernels.supported_cpu_capabilities()[0]:
         pytest.skip("addresses do not depend on the CPU capability; tested with the fastest")

@@ -182,7 +182,7 @@ def test_an_interrupt_at_any_line_of_unpatch_model_leaves_all_or_nothing(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("distance", (0, 1, 3))
+@pytest.mark.parametrize("distance", (0, *(pytest.param(lines, marks=pytest.mark.long) for lines in (1, 3))))
 def test_an_interrupt_in_patch_on_load_leaves_no_hook(distance):
     files = [*CHANGING, on_load.__file__]
     base = transformers.PreTrainedModel

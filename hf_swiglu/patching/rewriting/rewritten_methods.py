@@ -18,7 +18,7 @@ import types
 from collections.abc import Sequence
 
 from hf_swiglu.patching.recognition.gated_products import Chain, Gated, consumer, first_projection
-from hf_swiglu.patching.recognition.method_source import NoSource, rebuild, with_closure
+from hf_swiglu.patching.recognition.method_source import NoSource, parsed, rebuild, with_closure
 from hf_swiglu.patching.recognition.methods import Method
 from hf_swiglu.patching.recognition.variable_uses import Flow, same
 
@@ -98,7 +98,7 @@ def _insert_guard(definition: ast.FunctionDef, flow: Flow, name: str) -> None:
     given += [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
     call = _PREFIX + ("call_original" if name == "forward" else "call")
     text = _GUARD.format(p=_PREFIX, owner=flow.owner, name=name, arguments=", ".join(given), call=call)
-    guard = ast.parse(text).body
+    guard = parsed(text)
     has_docstring = ast.get_docstring(definition, clean=False) is not None
     for statement in guard:
         for node in ast.walk(statement):
