@@ -27,6 +27,7 @@ from test_memory import (
     with_down,
 )  # fmt: skip
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GemmaConfig
 from transformers.models.gemma.modeling_gemma import GemmaMLP
@@ -236,26 +237,75 @@ def test_an_input_that_changed_since_raises(setting):
         out.sum().backward()
 
 
-def test_autocast_and_random_numbers_are_restored_in_backward():
+@pytest.fixture
+def outputs(monkeypatch):
+    """The outputs of all calls of linear projections."""
+    linear, seen = nn.functional.linear, []
+
+    def observed(*args):
+        out = linear(*args)
+        seen.append(out.detach().clone())
+        return out
+
+    monkeypatch.setattr(nn.functional, "linear", observed)
+    return seen
+
+
+def test_autocast_and_random_numbers_are_restored_in_backward(outputs):
     mlp, _ = built(partial(lora, dropout=0.5), keep=0)
-    seen = []
-    mlp.up_proj.register_forward_hook(lambda module, args, out: seen.append((out.dtype, out.detach().clone())))
     with torch.autocast("cpu", torch.bfloat16):
         out = mlp(hidden_states())
     torch.manual_seed(7)
     expected = torch.get_rng_state()
+    first = outputs.copy()
     out.sum().backward()
-    assert [dtype for dtype, _ in seen] == [torch.bfloat16] * 2 and torch.equal(seen[0][1], seen[1][1])
+    again = outputs[len(first) :]
+    assert {each.dtype for each in outputs} == {torch.bfloat16} and len(again) > 1
+    assert all(map(torch.equal, first, again))
     assert torch.equal(torch.get_rng_state(), expected)
 
 
-def test_few_rows_are_not_computed_again():
+def test_few_rows_are_not_computed_again(outputs):
     mlp, _ = built(llama, keep=0)
-    calls = []
-    mlp.up_proj.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
     for rows in (31, 32):
         mlp(torch.randn(rows, HIDDEN, requires_grad=True)).sum().backward()
-    assert calls == [31, 32, 32]
+    # Gate, up and down; then gate and up again.
+    assert [len(each) for each in outputs] == [31] * 3 + [32] * 5
+
+
+@pytest.mark.parametrize("setting", [{"keep": 2}, {"keep": 1}, {"keep": 0}, {"tile": 16}], ids=str)
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj", "down_proj"])
+def test_hooks_on_a_projection_run_as_often_as_unpatched(projection, setting):
+    def calls(mlp):
+        child, seen = getattr(mlp, projection), []
+        handles = [
+            child.register_forward_pre_hook(lambda module, args: seen.append("before forward")),
+            child.register_forward_hook(lambda module, args, out: seen.append("forward")),
+            child.register_full_backward_pre_hook(lambda module, out: seen.append("before backward")),
+            child.register_full_backward_hook(lambda module, into, out: seen.append("backward")),
+        ]
+        for kept in range(len(handles)):
+            run_and_differentiate(mlp)
+            handles[kept].remove()
+        return seen
+
+    mlp, _ = built(llama, **setting)
+    assert calls(mlp) == calls(llama())
+
+
+@pytest.mark.parametrize("setting", [{"keep": 2}, {"keep": 1}, {"keep": 0}, {"tile": 16}], ids=str)
+def test_a_hook_of_all_modules_runs_as_often_as_unpatched(setting):
+    def calls(mlp):
+        seen = []
+        handle = register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+        try:
+            run_and_differentiate(mlp)
+        finally:
+            handle.remove()
+        return seen.count(nn.Linear)
+
+    mlp, _ = built(llama, **setting)
+    assert calls(mlp) == calls(llama()) == 3
 
 
 def writes(self, x):

@@ -1,7 +1,7 @@
 """tile=N: at most N rows of gate and up at a time, where the source shows that rows are independent."""
 
 import copy
-from functools import partial
+from functools import partial, update_wrapper
 
 import pytest
 import torch
@@ -263,3 +263,24 @@ def test_modules_that_are_not_shown_say_why():
     _, report = built(Centred, tile=16)
     assert (report[0].keep, report[0].tile) == (0, None)
     assert "not tiled: its forward calls mean along dimensions other than the last" in " ".join(str(report).split())
+
+
+class Wrapped:
+    """A forward on the instance, with the attributes of the class's."""
+
+    def __init__(self, module):
+        update_wrapper(self, module.forward)
+        self._forward = module.forward
+
+    def __call__(self, x):
+        return self._forward(x - x.mean(0))
+
+
+@pytest.mark.parametrize("name", ["w1", "w3", "w2"])
+def test_a_forward_on_an_instance_that_looks_like_the_class_s(name):
+    mlp, _ = built(GatedMLP, tile=16)
+    child = mlp.get_submodule(name)
+    child.forward = Wrapped(child)
+    x = hidden_states()
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), GatedMLP.forward(mlp, x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,4 +89,18 @@ def has_no_hooks(state: Mapping[str, Any], allowed: Callable[[Callable], bool]) 
 
 def _only_gathers(hook: Callable) -> bool:
     # DeepSpeed's ZeRO-3 registers hooks on every module to gather its parameters; an activation has none.
-    return (getattr(hook, "__module__", None) or "").startswith("deepspeed.")
+    return defining_module(hook).startswith("deepspeed.")
+
+
+def defining_module(code: Any) -> str:
+    """The module, with a dot at the end, that defines a function, a class or the class of a callable object.
+
+    `functools.wraps` copies `__module__` to functions and objects from other modules.
+    """
+    while isinstance(code, functools.partial):
+        code = code.func
+    code = getattr(code, "__func__", code)
+    if hasattr(code, "__globals__"):
+        return f"{code.__globals__.get('__name__', '')}."
+    named = code if isinstance(code, (type, types.BuiltinFunctionType)) else type(code)
+    return f"{named.__module__}."

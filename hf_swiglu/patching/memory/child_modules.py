@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from hf_swiglu.patching.activations import ACTIVATION_CLASSES, has_no_hooks
+from hf_swiglu.patching.activations import ACTIVATION_CLASSES, defining_module, has_no_hooks
 from hf_swiglu.patching.memory.recompute import is_from_trusted_library
 
 _ELEMENTWISE = (ACTIVATION_CLASSES - {nn.PReLU}) | {
@@ -40,13 +40,21 @@ def not_rowwise(child: nn.Module) -> str | None:
 
 
 def user_hooks(child: nn.Module) -> str:
-    """Which module in `child`, itself included, has hooks that do more than move or gather weights; "" if none."""
+    """Which module in `child`, itself included, has user-defined hooks, which may count their calls; "" if none."""
     for each in child.modules():
         hook = vars(each).get("_hf_hook")
         wrapped = [inner for inner in (hook, *getattr(hook, "hooks", ())) if inner is not None]
-        if not has_no_hooks(vars(each), _is_harmless) or not all(
+        if not has_no_hooks(vars(each), is_from_trusted_library) or not all(
             is_from_trusted_library(type(inner)) for inner in wrapped
         ):
+            return f"a {type(each).__name__} in it has user-defined hooks"
+    return ""
+
+
+def hooks_over_rows(child: nn.Module) -> str:
+    """Which module in `child`, itself included, has hooks that do more than move or gather weights; "" if none."""
+    for each in child.modules():
+        if not has_no_hooks(vars(each), _is_harmless):
             return f"a {type(each).__name__} in it has hooks"
     return ""
 
@@ -99,14 +107,8 @@ def communicates(module: nn.Module) -> bool:
 def _gathers(child: nn.Module) -> bool:
     if any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(child).__mro__):
         return True
-    return not has_no_hooks(vars(child), lambda hook: not _module_of(hook).startswith("deepspeed."))
+    return not has_no_hooks(vars(child), lambda hook: not defining_module(hook).startswith("deepspeed."))
 
 
 def _is_harmless(hook: Callable) -> bool:
-    return _module_of(hook).startswith(_HARMLESS_HOOKS)
-
-
-def _module_of(hook: Callable) -> str:
-    while hasattr(hook, "func"):
-        hook = hook.func
-    return f"{getattr(getattr(hook, '__func__', hook), '__module__', None) or type(hook).__module__}."
+    return defining_module(hook).startswith(_HARMLESS_HOOKS)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
 
 from hf_swiglu import _compat, autograd
-from hf_swiglu.patching.activations import has_no_hooks
+from hf_swiglu.patching.activations import defining_module, has_no_hooks
 from hf_swiglu.patching.memory import dropout_projections
 
 # Libraries whose projections read their input and never write to it, and whose hooks act on weights and devices only.
@@ -96,6 +96,11 @@ def is_every_call_intercepted() -> bool:
     """Whether third-party code intercepts the calls of every module, or of every linear one."""
     if F.linear is not _linear or nn.Module.__call__ is not _compat.module_call:
         return True
+    return has_user_global_hook()
+
+
+def has_user_global_hook() -> bool:
+    """Whether every module's calls run a user-defined hook."""
     return _compat.has_global_hook() and not all(map(is_from_trusted_library, _compat.global_hooks()))
 
 
@@ -116,12 +121,7 @@ def _is_trusted(module: nn.Module) -> bool:
 
 def is_from_trusted_library(code: Any) -> bool:
     """Whether a function, a method or a class is defined in one of the `_TRUSTED` libraries."""
-    while hasattr(code, "func"):
-        code = code.func
-    code = getattr(code, "__func__", code)
-    # For a function its globals: `functools.wraps` copies `__module__` to wrappers from other modules.
-    where = code.__globals__.get("__name__", "") if hasattr(code, "__globals__") else getattr(code, "__module__", None)
-    return f"{where}.".startswith(_TRUSTED)
+    return defining_module(code).startswith(_TRUSTED)
 
 
 def _hooks(product: Tensor, recomputable: Any) -> tuple[Callable, Callable]:

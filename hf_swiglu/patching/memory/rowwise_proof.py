@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from hf_swiglu.patching.memory.recompute import is_every_call_intercepted
+from hf_swiglu.patching.memory.recompute import has_user_global_hook, is_every_call_intercepted
 from hf_swiglu.patching.memory.source_evaluation import ROWS, NotShown, Scope
 from hf_swiglu.patching.recognition.method_source import NoSource, method_tree
 from hf_swiglu.patching.recognition.methods import UNKNOWN
@@ -36,13 +36,16 @@ _trees: weakref.WeakKeyDictionary[types.FunctionType, ast.FunctionDef | str] = w
 
 def shown(module: nn.Module, original: type[nn.Module]) -> Shown:
     """The properties that the source of `original.forward` shows for `module`, in their present state."""
+    if has_user_global_hook():
+        reason = "every module has a user-defined hook"
+        return Shown(reason, reason)
     reading = _Reading()
     try:
         returned = reading.call(original.forward, [module, ROWS], depth=0)
     except NotShown as reason:
         return Shown(str(reason), str(reason))
     if is_every_call_intercepted():
-        reading.note("third-party hooks or functions intercept every module's calls")
+        reading.note("third-party functions intercept every module's calls")
     if returned is not ROWS:
         reading.note("its forward returns something other than one tensor with the input's rows")
     return Shown("", reading.reason)

@@ -245,10 +245,13 @@ class Scope:
             raise NotShown(f"a {type(child).__name__} in it works in place, or has a user-defined forward")
         if child_modules.updates_buffers(child):
             raise NotShown(f"a {type(child).__name__} in it may update its buffers")
+        # Of pairs of hooks, such as opacus' for gradients per sample, the forward hook alone would run again.
+        if hooks := child_modules.user_hooks(child):
+            raise NotShown(hooks)
         reason = child_modules.not_rowwise(child)
         if reason is None:
             reason = self._module_by_source(child, arguments[0])
-        reason = child_modules.user_hooks(child) or reason
+        reason = child_modules.hooks_over_rows(child) or reason
         if reason:
             self._reading.note(reason)
         return arguments[0] if isinstance(arguments[0], _Rows) else OTHER
