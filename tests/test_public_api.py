@@ -122,7 +122,9 @@ def test_import_loads_no_kernel(imported):
 def test_import_is_light(imported):
     """No more of the host library than the place where a fusion is announced: its modeling_utils alone takes 0.8 s."""
     known = {"hf_swiglu", *sys.stdlib_module_names}
-    assert {module for module in imported if module.partition(".")[0] not in known} <= {"transformers.fusion_mapping"}
+    # The second takes 0.5 ms; torch 2.14 loads it when a default device is first set.
+    light = {"transformers.fusion_mapping", "torch.utils._device"}
+    assert {module for module in imported if module.partition(".")[0] not in known} <= light
 
 
 FOREIGN = """
