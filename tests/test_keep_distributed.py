@@ -7,12 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.models import tiny_llama, tokens
-from support.processes import free_port, join, leave
+from support.processes import free_port, join, leave, tensor_parallel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
-from transformers.distributed import DistributedConfig
 
 from hf_swiglu import patch_model
 
@@ -107,8 +106,7 @@ def _tensor_parallel_rank(rank, port, setting, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     expected = _losses(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64).train())
-    shards = {"distributed_config": DistributedConfig(tp_plan="auto")}
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **shards).train()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **tensor_parallel()).train()
     mlp = model.model.layers[0].mlp
     assert mlp.gate_proj.weight.to_local().shape[0] * 2 == model.config.intermediate_size
     (entry, *_) = patch_model(model, **setting)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from support.models import SIZES
+from support.packaged import needs_smollm2
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -72,6 +73,7 @@ def test_the_prediction_is_what_a_step_takes(name, checkpointing, tmp_path):
 
 
 @pytest.mark.long
+@needs_smollm2
 def test_the_prediction_for_smollm2_is_what_a_step_takes():
     tokens = 128
     plan = plan_memory(models.PACKAGED, tokens=tokens, dtype="fp32")

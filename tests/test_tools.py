@@ -19,6 +19,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from hf_swiglu import patch_model, unpatch_model
 from hf_swiglu.patching.rewriting.fused_classes import FusedModule
 from hf_swiglu.testing import counted_launches
+from tools.model_support.comparison import EXPERTS_IMPLEMENTATIONS
 
 
 @pytest.fixture
@@ -168,7 +169,9 @@ def experts_model():
         hidden_size=64, moe_intermediate_size=256, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
         head_dim=16, vocab_size=64, num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
-    return Qwen3MoeForCausalLM(config).eval()
+    model = Qwen3MoeForCausalLM(config).eval()
+    model.config._experts_implementation = EXPERTS_IMPLEMENTATIONS[-1]
+    return model
 
 
 @pytest.mark.parametrize("patched", ["before", "between", "after"])

@@ -1,10 +1,13 @@
 """What tests that start several processes need."""
 
 import datetime
+import inspect
 import os
 import socket
+from typing import Any
 
 import torch.distributed as dist
+from transformers.distributed import DistributedConfig
 
 
 def free_port() -> int:
@@ -23,6 +26,13 @@ def join(rank: int, size: int, port: int) -> None:
         world_size=size,
         timeout=datetime.timedelta(seconds=60),
     )
+
+
+def tensor_parallel() -> dict[str, Any]:
+    """The arguments of `from_pretrained` for tensor parallelism, which were others in transformers 5.0."""
+    if "tp_plan" in inspect.signature(DistributedConfig).parameters:
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    return {"tp_plan": "auto"}
 
 
 def leave() -> None:
