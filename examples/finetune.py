@@ -41,6 +41,7 @@ def parse(arguments):
     parser.add_argument("--out", type=Path, default=Path("finetuned"), help="folder of this run")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
     parser.add_argument("--patch", action=argparse.BooleanOptionalAction, default=True, help="fuse the model's MLPs")
+    parser.add_argument("--keep", default=None, help="buffers that an MLP keeps for backward, 0 to 3", **number)
     parser.add_argument("--tile", default=None, help="tokens of an MLP's gate and up that exist at a time", **number)
     parser.add_argument("--steps", default=40, **number)
     parser.add_argument("--block", default=128, help="tokens in one sequence", **number)
@@ -278,6 +279,12 @@ def run(options) -> None:
             raise InputError(f"--compare {folder}: it contains no losses.jsonl of a run")
     texts = read_text(options.text)
     accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != started:
+        raise InputError(
+            f"{started} processes were started, and each would train alone; without GPUs, put ACCELERATE_USE_CPU=true "
+            "before accelerate launch"
+        )
     set_seed(options.seed)
     model, tokenizer = load_model(options)
     train_blocks, held_out = split(pack(texts, tokenizer, options.block), options, accelerator.num_processes)
@@ -285,7 +292,7 @@ def run(options) -> None:
         model = add_lora(model, options.lora)
     if options.patch:
         # Before `prepare`, so that FSDP wraps the fused module.
-        accelerator.print(patch_model(model, tile=options.tile))
+        accelerator.print(patch_model(model, keep=options.keep, tile=options.tile))
     options.out.mkdir(parents=True, exist_ok=True)
     if accelerator.state.deepspeed_plugin is not None:
         # DeepSpeed reads it from a data loader, and this script has none.

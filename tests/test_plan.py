@@ -109,14 +109,12 @@ def test_the_first_setting_that_fits_is_proposed(folder):
     assert plan_memory(folder, tokens=TOKENS).proposal.setting == "keep=2"
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("24GB", 24e9), ("80 GiB", 80 * 2**30), ("500m", 500e6), ("1.5tb", 1.5e12), ("123", 123)]
-)
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("80 GiB", 80 * 2**30), ("500m", 500e6), ("1.5tb", 1.5e12)])
 def test_budgets_are_read(text, size):
     assert read_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "24XB", "-1GB", "24GBs", "24 i"])
+@pytest.mark.parametrize("text", ["", "GB", "24", "24XB", "-1GB", "24GBs", "24 i"])
 def test_a_budget_that_cannot_be_read_is_named(text):
     with pytest.raises(ValueError, match=r'such as "24GB".*got'):
         read_bytes(text)

@@ -29,7 +29,12 @@ _READS_TENSORS: bool = _cpu_kernels.use_dlpack_exchange_api(Tensor, _compat.exch
 
 def describe() -> str:
     """The instruction set and the threads of a launch."""
-    threads = f"{get_num_threads()} threads" if _cpu_kernels.has_openmp else "1 thread: the compiler had no OpenMP"
+    count = get_num_threads()
+    threads = (
+        f"{count} thread{'' if count == 1 else 's'}"
+        if _cpu_kernels.has_openmp
+        else "1 thread: the compiler had no OpenMP"
+    )
     return f"C kernel, {cpu_capability()}, {threads}"
 
 

@@ -97,11 +97,11 @@ def doctor(as_json: AsJson = False) -> None:
         show(f"{name:13} {value}")
     show("")
     for backend in found.backends:
-        show(f"{backend.name:13} {diagnosis.describe(backend)}")
+        show(f"{backend.name:13} {diagnosis.describe(backend)}".replace("\n", "\n" + 14 * " "))
     for name, without in found.missing.items():
         show(f"without {name}: {without}")
     devices, dtypes = (list(dict.fromkeys(column)) for column in zip(*found.serving, strict=True))
-    table = Table("device", *dtypes, box=box.SIMPLE)
+    table = Table("device", *dtypes, box=box.SIMPLE, caption="what runs for tensors of a dtype on a device")
     for device in devices:
         table.add_row(device, *(found.serving[device, dtype] for dtype in dtypes))
     show(table)
@@ -144,7 +144,7 @@ def inspect(
 def plan(
     model: Annotated[str, typer.Argument(help=_MODEL_HELP)],
     tokens: Annotated[int, typer.Option(help="Tokens of the sequence.")],
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; or bfloat16 and so on.")] = "bf16",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With gradient checkpointing.")] = False,
     budget: Annotated[str | None, typer.Option(help='Memory to fit into, such as "24GB" or "80GiB".')] = None,
     as_json: AsJson = False,

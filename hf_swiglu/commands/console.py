@@ -29,7 +29,9 @@ def run_app(app: typer.Typer, arguments: list[str], name: str) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):
             # typer's own errors about arguments.
-            return _fail(name, f"{error.format_message().rstrip('.')}; see {name} --help", 2)
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else name
+            return _fail(name, f"{error.format_message().rstrip('.')}; see {command} --help", 2)
         return _fail(name, f"{type(error).__name__}: {error}", 1)
     # Newer typers return the shells' 130 on Ctrl-C without a message; older ones raise Abort.
     return _fail(name, "interrupted", 1) if code == 130 else code

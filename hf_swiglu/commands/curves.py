@@ -127,8 +127,12 @@ def draw(file: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "the curves are drawn with matplotlib, which is not installed: pip install matplotlib"
+        ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -111,7 +111,9 @@ def run_demo(
 
 def table(result: DemoResult) -> Table:
     """The closing table; a ratio above 1 means that the patched model takes less by that factor."""
-    rows = Table(box=box.SIMPLE, title="medians of the rounds; ratio above 1: patching helps", title_justify="left")
+    rows = Table(
+        box=box.SIMPLE, title="medians of the rounds; ratio above 1: less after patching", title_justify="left"
+    )
     rows.add_column("phase")
     for name in ("before", "after", "ratio", "faster in"):
         rows.add_column(name, justify="right")
@@ -127,7 +129,9 @@ def table(result: DemoResult) -> Table:
         less = f"{before / after:.2f}x" + ("" if before >= after else " more")
         rows.add_row(f"{row.phase}: memory", f"{before / 1e6:,.1f} MB", f"{after / 1e6:,.1f} MB", less, "")
     rows.caption = (
-        "noise: the middle half of the rounds has ratios above 1 and below\ntraining: forward and backward\n"
+        "ratio: the median of before/after in each round, not of the two columns\n"
+        "noise: fewer than 4 rounds, or the middle half of them is on both sides of 1\n"
+        "training: forward and backward\n"
         "memory: peak of what the phase allocates, beside the weights"
     )
     rows.caption_justify = "left"

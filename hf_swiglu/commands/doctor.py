@@ -94,8 +94,8 @@ def describe(backend: Backend) -> str:
     if not smallest:
         return backend.detail
     return (
-        f"{backend.detail}; plain PyTorch runs where it is faster, up to {differentiated:,} elements with gradients "
-        f"and {smallest:,} in strided rows"
+        f"{backend.detail}\nplain PyTorch where it is faster: up to {differentiated:,} elements with\ngradients, and "
+        f"{smallest:,} in strided rows"
     )
 
 

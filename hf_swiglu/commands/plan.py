@@ -17,8 +17,11 @@ from hf_swiglu.commands.models import ModelError, enable_checkpointing, load_con
 from hf_swiglu.commands.simulation import ATTENTION, Cost, simulate
 from hf_swiglu.patching.patch_model import patch_model, unpatch_model
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TILE = 1024
+DTYPES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
+TILE = 512
 # In ascending order of extra arithmetic; the first that fits is proposed.
 SETTINGS: tuple[tuple[str, dict[str, int] | None], ...] = (
     ("unpatched", None),
@@ -26,9 +29,9 @@ SETTINGS: tuple[tuple[str, dict[str, int] | None], ...] = (
     ("keep=2", {"keep": 2}),
     ("keep=1", {"keep": 1}),
     ("keep=0", {"keep": 0}),
-    (f"keep=0, tile={TILE}", {"keep": 0, "tile": TILE}),
+    (f"tile={TILE}", {"keep": 0, "tile": TILE}),
 )
-_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Row:
 class Plan:
     """A model, the number of tokens of a step, and the cost of the step with each setting.
 
-    Peaks are weights, gradients, AdamW's two states, and the peak of the tensors alive in forward and backward.
+    Peaks are weights, gradients, AdamW's two states, and the peak of the tensors alive in forward and backward, among
+    them `logits_bytes` of float32 logits.
     """
 
     model: str
@@ -60,6 +64,7 @@ class Plan:
     budget_bytes: int | None
     weight_bytes: int
     optimizer_bytes: int
+    logits_bytes: int
     rows: tuple[Row, ...]
 
     @property
@@ -67,6 +72,12 @@ class Plan:
         """The setting with the least extra arithmetic that fits the budget; the default without a budget."""
         patched = [row for row in self.rows if row.options is not None and row.options["keep"] != 3]
         return next((row for row in patched if row.fits is not False), None)
+
+    @property
+    def is_peak_elsewhere(self) -> bool:
+        """Whether no setting changes the peak by 1 %: it is not in the MLPs."""
+        peaks = [row.peak_bytes for row in self.rows]
+        return max(peaks) - min(peaks) < 0.01 * max(peaks)
 
     def to_json(self) -> dict[str, object]:
         return dataclasses.asdict(self) | {"proposal": self.proposal.setting if self.proposal else None}
@@ -86,7 +97,7 @@ def plan_memory(
     Args:
         given: a Hub id, a folder with a config.json, a .gguf file, or "smollm2".
         tokens: of the sequence. A batch of such sequences multiplies the tensors of forward and backward.
-        dtype: "bf16", "fp16" or "fp32", of weights, gradients and optimizer states.
+        dtype: of weights, gradients and optimizer states: "bf16", "fp16", "fp32", or PyTorch's name, as "bfloat16".
         checkpointing: with gradient checkpointing.
         budget: such as "24GB" or "80GiB".
         trust_remote_code: run the code that the repository ships, where transformers has no class for it.
@@ -126,7 +137,8 @@ def plan_memory(
         rows.append(
             Row(setting, options, cost.kept_by_modules, peak, round(extra, 2), None if limit is None else peak <= limit)
         )
-    return Plan(given, tokens, dtype, checkpointing, limit, weights, 2 * weights, tuple(rows))
+    logits = 4 * tokens * config.get_text_config().vocab_size
+    return Plan(given, tokens, dtype, checkpointing, limit, weights, 2 * weights, logits, tuple(rows))
 
 
 def table(plan: Plan) -> Table:
@@ -135,16 +147,22 @@ def table(plan: Plan) -> Table:
     steps = ", gradient checkpointing" if plan.checkpointing else ""
     rows.title = f"{plan.model}: one training step, 1 x {plan.tokens:,} tokens, {plan.dtype}{steps}"
     rows.add_column("setting")
-    for name in ("MLPs keep", "peak", "extra arithmetic"):
+    for name in ("MLPs keep", "peak", "arithmetic"):
         rows.add_column(name, justify="right")
     if plan.budget_bytes is not None:
         rows.add_column(f"fits {_gigabytes(plan.budget_bytes)}")
     for row in plan.rows:
-        cells = [row.setting, _gigabytes(row.mlp_bytes), _gigabytes(row.peak_bytes), f"{row.extra_percent:.1f} %"]
+        cells = [row.setting, _gigabytes(row.mlp_bytes), _gigabytes(row.peak_bytes), f"+ {row.extra_percent:.1f} %"]
         rows.add_row(*cells, *([] if row.fits is None else ["yes" if row.fits else "no"]))
-    rows.caption = (
-        f"peak: weights {_gigabytes(plan.weight_bytes)}, as much for gradients, AdamW's states "
-        f"{_gigabytes(plan.optimizer_bytes)}, and activations\n{_advice(plan)}"
+    # rich wraps a caption to the table's width, 47 columns at least.
+    rows.caption = "\n".join(
+        [
+            f"peak: weights {_gigabytes(plan.weight_bytes)}, as much for gradients,",
+            f"  {_gigabytes(plan.optimizer_bytes)} for AdamW in the same dtype, activations",
+            f"  (logits in float32: {_gigabytes(plan.logits_bytes)})",
+            "arithmetic: of the whole step",
+            _advice(plan),
+        ]
     )
     return rows
 
@@ -155,20 +173,23 @@ def read_bytes(text: str) -> int:
     Raises:
         ValueError: it cannot be read.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text, flags=re.IGNORECASE)
-    if match is None or match[2].upper() not in _UNITS:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)B?\s*", text, flags=re.IGNORECASE)
+    if match is None:
         raise ValueError(f'the budget must be a number and a unit, such as "24GB" or "80GiB"; got {text!r}')
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def _advice(plan: Plan) -> str:
+    elsewhere = "the peak is not in the MLPs and stays as it is\n" if plan.is_peak_elsewhere else ""
     if plan.budget_bytes is None:
-        return "pass --budget for a proposed setting"
+        return f"{elsewhere}pass --budget for a proposed setting"
     if plan.proposal is not None:
-        return f"choose {plan.proposal.setting}"
+        # A tile implies keep=0.
+        options = plan.proposal.setting if plan.proposal.setting != "keep=2" else ""
+        return f"{elsewhere}choose {plan.proposal.setting}: patch_model({', '.join(filter(None, ('model', options)))})"
     if not plan.checkpointing:
-        return "none of them fits; try --checkpointing"
-    return "none of them fits; shorten the sequence, or split the model over devices"
+        return f"{elsewhere}none of them fits; try --checkpointing"
+    return f"{elsewhere}none of them fits; shorten the sequence,\nor split the model over devices"
 
 
 def _step(model: PreTrainedModel, mlps: list[str], tokens: int) -> Cost:

@@ -82,4 +82,5 @@ class _PatchedTarget:
 
 def _report(who: str, counts: tuple[int, ...]) -> None:
     names = [f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in zip(counts, ("MLP", "model"))]
-    print(f"{who}: {names[0]} fused in {names[1]}", file=sys.stderr)
+    why = "; `hf-swiglu inspect MODEL` says why" if counts[1] and not counts[0] else ""
+    print(f"{who}: {names[0]} fused in {names[1]}{why}", file=sys.stderr)

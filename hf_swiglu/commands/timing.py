@@ -13,6 +13,8 @@ Contenders = Mapping[str, Callable[[], object]]
 
 # Shorter turns would measure the clock's resolution, and the cache contents of the other contenders.
 _TURN_SECONDS = 0.005
+# All of three rounds are on one side of 1 by chance once in four times, all of four once in eight.
+_FEWEST_JUDGED = 4
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ class Ratio(_Sample):
 
     @property
     def is_noise(self) -> bool:
-        """Whether 1 lies between the quartiles."""
+        """Whether 1 lies between the quartiles, or there are too few rounds to tell."""
         lower, upper = self.quartiles
-        return lower <= 1 <= upper
+        return len(self.rounds) < _FEWEST_JUDGED or lower <= 1 <= upper
 
     @property
     def rounds_won(self) -> int:

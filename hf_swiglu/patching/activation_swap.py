@@ -180,11 +180,13 @@ def warn_of_adapters(model: nn.Module, activation: str) -> None:
         if isinstance(part, transformers.PreTrainedModel) and part.name_or_path
     ]
     if loaded:
+        needed = "; a process that loads it has to import hf_swiglu first" if activation == "swiglu" else ""
         _logger.warning(
-            'the gates of %s now have "%s", which its config states and save_pretrained saves. An adapter saved by '
+            'the gates of %s now have "%s", which its config states and save_pretrained saves%s. An adapter saved by '
             'itself (PEFT) does not contain it: load its base, %s, under patch_on_load(activation="%s")',
             type(model).__name__,
             activation,
+            needed,
             loaded[0],
             activation,
         )
