@@ -113,16 +113,29 @@ def _candidates(module: nn.Module, found: Found) -> Iterator[tuple[Callable[[Ten
 
 def _run(function: Callable[[Tensor], Tensor], probe: Tensor) -> list[Tensor]:
     torch.manual_seed(0)
-    # Each twice: the outer one restores the grad mode where an interrupt stops the inner one.
-    with torch.no_grad(), torch.no_grad():
+    scored, differentiated = _GradMode(False), _GradMode(True)
+    with scored, scored:
         results = [_tensor(function(probe.clone()))]
     torch.manual_seed(0)
-    with torch.enable_grad(), torch.enable_grad():
+    with differentiated, differentiated:
         leaf = probe.clone().requires_grad_()
         output = _tensor(function(leaf.view_as(leaf)))
         if output.requires_grad:
             results += torch.autograd.grad(output.square().sum(), leaf)
     return results
+
+
+class _GradMode:
+    """A grad mode. Entered twice, it is restored also where an interrupt stops the first of its two ends."""
+
+    def __init__(self, enabled: bool):
+        self._enabled, self._before = enabled, torch.is_grad_enabled()
+
+    def __enter__(self) -> None:
+        torch.set_grad_enabled(self._enabled)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_grad_enabled(self._before)
 
 
 def _tensor(output: object) -> Tensor:
