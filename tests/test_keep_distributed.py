@@ -110,7 +110,8 @@ def _tensor_parallel_rank(rank, port, setting, folder):
     mlp = model.model.layers[0].mlp
     assert mlp.gate_proj.weight.to_local().shape[0] * 2 == model.config.intermediate_size
     (entry, *_) = patch_model(model, **setting)
-    assert (entry.keep, entry.tile) == (0, setting.get("tile"))
+    # transformers 5.0 shards with hooks of its own, which are not known to treat rows alone.
+    assert (entry.keep, entry.tile) == (0, None if "tp_plan" in tensor_parallel() else setting.get("tile"))
     torch.testing.assert_close(_losses(model), expected)
     leave()
 

@@ -131,6 +131,9 @@ def frozen(model):
 
 def reference(model, **options):
     utilities = pytest.importorskip("trl.experimental.utils", reason="TRL is not installed")
+    if not hasattr(utilities, "create_reference_model"):
+        # TRL 0.27 has it in the package itself.
+        utilities = pytest.importorskip("trl")
     return utilities.create_reference_model(model, **options)
 
 

@@ -177,9 +177,10 @@ def test_hooks_that_only_gather_parameters_leave_the_activation_fused(mlp):
         gathered.append(module)
 
     # Where DeepSpeed's own come from.
-    gather.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    namespace = {"__name__": "deepspeed.runtime.zero.parameter_offload", "gather": gather}
+    exec("def hook(module, args): gather(module, args)", namespace)
     for module in mlp.modules():
-        module.register_forward_pre_hook(gather)
+        module.register_forward_pre_hook(namespace["hook"])
     with counted_launches() as launches:
         mlp(hidden_states())
         assert launches.names == launched("swiglu_fwd") and {mlp.w1, mlp.w2, mlp.w3} <= set(gathered)

@@ -60,7 +60,7 @@ KINDS = [
     lambda: LlamaMLP(LlamaConfig(**CONFIG, hidden_act="gelu")),
     lambda: LlamaMLP(LlamaConfig(**CONFIG, hidden_act="swiglu")),
     lambda: Phi3MLP(Phi3Config(**CONFIG)),
-    lambda: MixtralSparseMoeBlock(MixtralConfig(**CONFIG, num_local_experts=2)),
+    lambda: MixtralSparseMoeBlock(MixtralConfig(**CONFIG, num_local_experts=2, experts_implementation="eager")),
 ]
 
 

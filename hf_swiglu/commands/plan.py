@@ -31,7 +31,7 @@ SETTINGS: tuple[tuple[str, dict[str, int] | None], ...] = (
     ("keep=0", {"keep": 0}),
     (f"tile={TILE}", {"keep": 0, "tile": TILE}),
 )
-_UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,10 @@ def read_bytes(text: str) -> int:
     Raises:
         ValueError: it cannot be read.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)B?\s*", text, flags=re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]I?)B?|B)\s*", text, flags=re.IGNORECASE)
     if match is None:
         raise ValueError(f'the budget must be a number and a unit, such as "24GB" or "80GiB"; got {text!r}')
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
 def _advice(plan: Plan) -> str:
