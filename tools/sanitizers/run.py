@@ -57,14 +57,14 @@ FAULTS = [
     ),
     Fault(
         "strided columns are gathered into a buffer that is too small", MEMORY, "launch.c",
-        "count > GATHERED)\n            count = GATHERED", "count > GATHERED)\n            count = 2 * GATHERED",
+        "buffers[MAX_OPERANDS][GATHERED]", "buffers[MAX_OPERANDS][1]",
         "buffer-overflow",
     ),
     Fault(
         "a shift by more bits than there are", MEMORY, "launch.c",
         "int64_t total = launch->rows * launch->columns;",
-        "int64_t total = launch->rows * launch->columns;\n    if (1 << (total & 63) == 5)\n        return;",
-        "shift exponent",
+        "int64_t total = launch->rows * launch->columns;\n    volatile int bit = 1 << (total & 63);\n    (void)bit;",
+        "left shift of 1 by 31 places",
     ),
     Fault(
         "two threads write the same elements", THREADS, "launch.c",
