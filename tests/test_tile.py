@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_swiglu import patch_model
 from hf_swiglu.commands.peak_memory import peak_bytes
+from hf_swiglu.patching.activations import defining_module
 from hf_swiglu.patching.memory import rowwise_proof
 
 ROWWISE = {
@@ -284,3 +285,11 @@ def test_a_forward_on_an_instance_that_looks_like_the_class_s(name):
     x = hidden_states()
     with torch.no_grad():
         torch.testing.assert_close(mlp(x), GatedMLP.forward(mlp, x))
+
+
+@pytest.mark.parametrize("wrap", [partial, torch.compiler.disable, lambda hook: torch.compiler.disable(partial(hook))])
+def test_a_wrapped_hook_is_of_the_library_that_defines_it(wrap):
+    namespace = {"__name__": "deepspeed.runtime.zero.parameter_offload"}
+    exec("def hook(module, args): pass", namespace)
+    assert defining_module(wrap(namespace["hook"])) == "deepspeed.runtime.zero.parameter_offload."
+    assert defining_module(wrap(hidden_states)) == "support.models."

@@ -137,7 +137,7 @@ def plan_memory(
         rows.append(
             Row(setting, options, cost.kept_by_modules, peak, round(extra, 2), None if limit is None else peak <= limit)
         )
-    logits = 4 * tokens * config.get_text_config().vocab_size
+    logits = 4 * tokens * getattr(config.get_text_config(), "vocab_size", 0)
     return Plan(given, tokens, dtype, checkpointing, limit, weights, 2 * weights, logits, tuple(rows))
 
 

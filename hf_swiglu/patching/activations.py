@@ -95,10 +95,11 @@ def _only_gathers(hook: Callable) -> bool:
 def defining_module(code: Any) -> str:
     """The module, with a dot at the end, that defines a function, a class or the class of a callable object.
 
-    `functools.wraps` copies `__module__` to functions and objects from other modules.
+    `functools.wraps` copies `__module__` to functions and objects from other modules; `functools.partial` and
+    `torch.compiler.disable` wrap a function without being its code.
     """
-    while isinstance(code, functools.partial):
-        code = code.func
+    while isinstance(code, functools.partial) or hasattr(code, "_torchdynamo_orig_callable"):
+        code = code.func if isinstance(code, functools.partial) else code._torchdynamo_orig_callable
     code = getattr(code, "__func__", code)
     if hasattr(code, "__globals__"):
         return f"{code.__globals__.get('__name__', '')}."
