@@ -20,7 +20,6 @@ from support.models import fused, tiny_llama, tiny_phi3, tokens
 
 import hf_swiglu
 from hf_swiglu import _compat, patch_model, patch_on_load, unpatch_model
-from hf_swiglu.new_thread import in_new_thread
 from hf_swiglu.patching import patch_on_load as on_load
 from hf_swiglu.patching.memory import checkpointed_forward
 
@@ -321,45 +320,3 @@ def test_signals_at_random_moments_leave_all_or_nothing():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 5
-
-
-NEW_THREADS = """
-import random, signal, time
-from hf_swiglu.new_thread import in_new_thread
-random.seed(0)
-interrupted, armed = 0, False
-
-def handler(*_):
-    global armed
-    if armed:
-        armed = False
-        raise KeyboardInterrupt
-
-signal.signal(signal.SIGALRM, handler)
-for _ in range(4000):
-    try:
-        try:
-            armed = True
-            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 3e-4))
-            in_new_thread(lambda: time.sleep(1e-4))
-        finally:
-            armed = False
-    except KeyboardInterrupt:
-        interrupted += 1
-print(interrupted)
-"""
-
-
-@pytest.mark.slow
-def test_an_interrupt_while_another_thread_runs_is_a_keyboard_interrupt():
-    done = subprocess.run([sys.executable, "-c", NEW_THREADS], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 1000
-
-
-def test_a_new_thread_raises_what_its_function_raises():
-    with pytest.raises(ZeroDivisionError):
-        in_new_thread(lambda: 1 / 0)
-    assert in_new_thread(torch.is_grad_enabled)
-    with torch.no_grad():
-        assert in_new_thread(torch.is_grad_enabled)
