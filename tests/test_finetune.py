@@ -236,6 +236,14 @@ def test_bad_input_gets_one_line_and_writes_nothing(bad, arguments, tmp_path, ca
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_processes_that_would_train_alone_are_refused(arguments, tmp_path, monkeypatch, capsys):
+    # As a launcher starts them on a machine without GPUs, where accelerate does not join them.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(arguments) == 1
+    assert "2 processes were started, and each would train alone" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_finished_run_is_not_overwritten(arguments, tmp_path, capsys):
     assert run(arguments, "--steps", "2") == 0
     written = rows(tmp_path / "out")

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
 from hf_swiglu import patch_on_load, unpatch_model
+from hf_swiglu.commands import cli
 from hf_swiglu.commands.run_script import run_script
 
 BASE = transformers.PreTrainedModel
@@ -187,6 +188,16 @@ def test_run_executes_a_script_as_python_would(tmp_path, capsys, monkeypatch):
     assert [len(report.fused) for report in reports] == [2, 2] and (sys.argv, sys.path) == before
     with pytest.raises(FileNotFoundError, match=r"there is no script 'nowhere.py'"):
         run_script("nowhere.py")
+
+
+def test_the_run_command_says_where_to_look_when_nothing_was_fused(tmp_path, capsys):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from transformers import GPT2Config, GPT2Model\n"
+        "GPT2Model(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128))\n"
+    )
+    assert cli.main(["run", str(script)]) == 0
+    assert "0 MLPs fused in 1 model; `hf-swiglu inspect MODEL` says why" in capsys.readouterr().err
 
 
 @pytest.mark.slow

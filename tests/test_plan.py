@@ -126,6 +126,20 @@ def test_a_budget_that_cannot_be_read_is_named(text):
 
 
 @needs_meta
+def test_the_command_says_what_to_call_and_when_no_setting_helps(folder, tmp_path, capsys):
+    peak = plan_memory(folder, tokens=TOKENS).rows[4].peak_bytes
+    assert main(["plan", folder, "--tokens", str(TOKENS), "--budget", f"{peak}B"]) == 0
+    printed = capsys.readouterr().out
+    assert "patch_model(model, keep=0)" in printed and "not in the MLPs" not in printed
+    # The logits are wider than everything else together.
+    wide = LlamaConfig(**SIZES | {"vocab_size": 50_000}, architectures=["LlamaForCausalLM"])
+    wide.save_pretrained(tmp_path / "wide")
+    assert main(["plan", str(tmp_path / "wide"), "--tokens", "512", "--checkpointing"]) == 0
+    printed = capsys.readouterr().out
+    assert "the peak is not in the MLPs" in printed and "0.10 GB" in printed
+
+
+@needs_meta
 def test_the_command_prints_a_table_or_json(folder, capsys):
     assert main(["plan", folder, "--tokens", "512", "--budget", "1GB"]) == 0
     assert "choose keep=2" in capsys.readouterr().out
